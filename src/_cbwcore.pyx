@@ -1,0 +1,808 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, embedsignature=True
+"""The compiled core: the only crossings of the GIL, and the only place where an errno becomes an exception.
+
+The rules of the data path live in the ``.pxd`` parts beside the Python modules; ``_engine.pxd`` is where to start.
+Each class here owns one C structure and is completed by the Python class of the same name without ``Core``.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport EACCES, EINTR, EIO, ENOMEM
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from cbwcore._sys cimport (
+    CBW_SLOTS, add_seq_cst, exchange_seq_cst, load_relaxed, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock,
+)
+from cbwcore._sys cimport dio_alignment as c_dio_alignment
+from cbwcore._geometry cimport least, outer_end
+from cbwcore._bitmap cimport bitmap, bitmap_count, bitmap_free, bitmap_init, bitmap_next, bitmap_put, bitmap_reset
+from cbwcore._buffers cimport bufpool, bufpool_init, bufpool_set_limit
+from cbwcore._blockio cimport (
+    blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pwrite, psync_seek, psync_zero,
+)
+from cbwcore._faults cimport (
+    ACT_DELAY, ACT_ERROR, ACT_SHORT, ACT_STALL, LOG_LENGTH, MAX_RULES, OP_DISCARD, OP_FLUSH, OP_READ, OP_SEEK, OP_WRITE,
+    OP_ZERO, fault_plan, faulty_discard, faulty_flush, faulty_pread, faulty_pwrite, faulty_seek, faulty_zero, plan_init,
+    plan_release,
+)
+from cbwcore._snapshot cimport (
+    ARMED, BREAK_GUEST_WRITE, BREAK_SNAPSHOT, BROKEN, E_ACCESS, E_BROKEN, E_CLOSED, HISTOGRAM, SOURCE_READ,
+    STATUS_ACCESS, STATUS_ZERO, TARGET_WRITE, TIMEOUT, cbw_stats, failure, snapshot, snapshot_destroy,
+    snapshot_discard, snapshot_init, snapshot_read, snapshot_set_timeout, snapshot_status, wake,
+)
+from cbwcore._engine cimport (
+    GUEST_DISCARD, GUEST_WRITE, GUEST_WRITE_ZEROES, MAX_SINKS, arm, attach_sink, detach_sink, disarm, disk, disk_close,
+    disk_init, disk_put, gate_open, gate_shut, guest_flush, guest_read, guest_status, guest_write,
+)
+from cbwcore._engine cimport MAX_SNAPSHOTS as C_MAX_SNAPSHOTS
+
+import errno as _errno
+import os
+
+from cbwcore.errors import ConfigError, CopyBeforeWriteError, SnapshotAccessError, SnapshotBrokenError
+
+cdef extern from "Python.h":
+    long long PyLong_AsLongLongAndOverflow(object o, int *overflow) except? -1
+
+OPERATIONS = ("source-read", "target-write", "timeout")
+POLICIES = ("break-guest-write", "break-snapshot")
+STATES = ("armed", "broken", "closed")
+MAX_SNAPSHOTS = C_MAX_SNAPSHOTS
+
+cdef blk_ops PSYNC
+PSYNC.pread = psync_pread
+PSYNC.pwrite = psync_pwrite
+PSYNC.zero = psync_zero
+PSYNC.discard = psync_discard
+PSYNC.flush = psync_flush
+PSYNC.seek = psync_seek
+
+cdef blk_ops FAULTY
+FAULTY.pread = faulty_pread
+FAULTY.pwrite = faulty_pwrite
+FAULTY.zero = faulty_zero
+FAULTY.discard = faulty_discard
+FAULTY.flush = faulty_flush
+FAULTY.seek = faulty_seek
+
+cdef bufpool POOL
+if bufpool_init(&POOL, 128 << 20) < 0:
+    raise MemoryError("cannot set up the copy buffers")
+
+cdef uint64_t fork_generation = 0      # a forked child has none of the threads and half of the locks: it may use nothing
+
+
+def _after_fork_in_child():
+    global fork_generation
+    fork_generation += 1
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+# ---- arguments and errors ----
+
+cdef inline long long as_bytes(object value, str what) except -1:
+    """A count of bytes from any integer; ConfigError where it is negative or past 2**63 - 1."""
+    cdef int overflow = 0
+    cdef long long n = PyLong_AsLongLongAndOverflow(value, &overflow)
+    if overflow or n < 0:
+        raise ConfigError(f"{what} {value} is outside 0..{2**63 - 1}")
+    return n
+
+
+cdef inline int check_range(long long offset, long long length, uint64_t size) except -1:
+    if <uint64_t>offset > size or <uint64_t>length > size - <uint64_t>offset:
+        raise ConfigError(f"offset {offset} length {length} reaches past the end, {size} bytes")
+    return 0
+
+
+cdef int get_buffer(object obj, Py_buffer *view, bint writable) except -1:
+    """The bytes of any C-contiguous buffer; held until PyBuffer_Release."""
+    try:
+        PyObject_GetBuffer(obj, view, PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
+    except (BufferError, ValueError, TypeError) as e:
+        kind = "writable C-contiguous" if writable else "C-contiguous"
+        raise ConfigError(f"a {kind} buffer is needed, not {type(obj).__name__}: {e}") from None
+    return 0
+
+
+cdef object os_error(int64_t rc, object path):
+    cdef int code = <int>-rc
+    return OSError(code, os.strerror(code), path)
+
+
+def dio_alignment(int fd):
+    """(memory, offset) alignment in bytes that O_DIRECT needs on ``fd``, from statx STATX_DIOALIGN; None if unknown."""
+    cdef uint32_t mem = 0, offset = 0
+    if c_dio_alignment(fd, &mem, &offset) < 0:
+        return None
+    return mem, offset
+
+
+def set_copy_budget(limit):
+    """Bytes that copy and bounce buffers of the process may take (R17)."""
+    cdef uint64_t n = as_bytes(limit, "copy buffer budget")
+    with nogil:
+        bufpool_set_limit(&POOL, n)
+
+
+def copy_buffers():
+    """(limit, used, kept) bytes of the copy buffer budget: used counts those at rest, which are kept."""
+    return POOL.limit, POOL.used, POOL.kept
+
+
+# ---- bitmaps ----
+
+cdef class BitmapCore:
+    """``nbits`` bits; the buffer protocol shows them read-only, bit i at byte i // 8, lowest bit first."""
+    cdef bitmap map
+    cdef Py_ssize_t nbytes
+    cdef DiskCore recorded_by          # the disk whose guest writes set bits here, or None
+    cdef readonly object size          # bytes that the bitmap speaks of
+    cdef readonly object granularity   # bytes per bit
+    cdef int shift
+
+    def __cinit__(self, size, int shift, *args, **kwargs):
+        self.size = as_bytes(size, "size")
+        self.shift = shift
+        self.granularity = 1 << shift
+        cdef uint64_t nbits = (self.size + self.granularity - 1) >> shift
+        if bitmap_init(&self.map, nbits, False) < 0:
+            raise MemoryError(f"no address space for a bitmap of {nbits} bits")
+        self.nbytes = (nbits + 7) // 8
+
+    def __dealloc__(self):
+        bitmap_free(&self.map)
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.map.words, self.nbytes, 1, flags)
+
+    def __len__(self):
+        return self.map.nbits
+
+    def _put(self, uint64_t first, uint64_t end, bint value):
+        with nogil:
+            bitmap_put(&self.map, first, least(end, self.map.nbits), value)
+
+    def _next(self, uint64_t start, bint value):
+        cdef uint64_t bit
+        with nogil:
+            bit = bitmap_next(&self.map, start, self.map.nbits, value)
+        return bit
+
+    def _count(self):
+        cdef uint64_t n
+        with nogil:
+            n = bitmap_count(&self.map, 0, self.map.nbits)
+        return n
+
+    def _merge(self, BitmapCore other):
+        """Set every bit whose range touches a set bit of ``other``."""
+        cdef uint64_t size = self.size
+        with nogil:
+            merge_bits(&self.map, self.shift, &other.map, other.shift, size)
+
+    def _reset(self):
+        cdef int rc
+        cdef DiskCore recorded_by = self.recorded_by
+        with nogil:
+            if recorded_by is not None:
+                gate_shut(recorded_by.d)
+            rc = bitmap_reset(&self.map)
+            if recorded_by is not None:
+                gate_open(recorded_by.d)
+        if rc < 0:
+            raise MemoryError("the bitmap could not be cleared")
+
+    def _record(self, DiskCore recorder):
+        """Let the guest writes of ``recorder`` (None: of no disk) set bits here, once those in flight are done."""
+        cdef int rc = 0
+        cdef DiskCore before = self.recorded_by
+        if recorder is not None and before is None:
+            with nogil:
+                rc = attach_sink(recorder.d, &self.map, self.shift)
+            if rc < 0:
+                raise ConfigError(f"a disk records at most {MAX_SINKS} bitmaps")
+        elif recorder is None and before is not None:
+            with nogil:
+                detach_sink(before.d, &self.map)
+        self.recorded_by = recorder
+
+
+cdef void merge_bits(bitmap *into, int shift, const bitmap *other, int other_shift, uint64_t size) noexcept nogil:
+    cdef uint64_t bit = 0, stop, start, end
+    while True:
+        bit = bitmap_next(other, bit, other.nbits, True)
+        if bit == other.nbits:
+            return
+        stop = bitmap_next(other, bit, other.nbits, False)
+        start = bit << other_shift
+        end = least(stop << other_shift, size)
+        bitmap_put(into, start >> shift, outer_end(start, end - start, shift), True)
+        bit = stop
+
+
+# ---- the disk ----
+
+cdef class DiskCore:
+    """The guest's side of a disk. Every method may be called from any thread."""
+    cdef disk *d
+    cdef uint64_t generation
+    cdef bint read_only
+    cdef object faults                 # keeps an injected plan alive
+    cdef readonly object path
+    cdef readonly object size
+
+    def __cinit__(self, *args, **kwargs):
+        self.d = <disk *>calloc(1, sizeof(disk))
+        if self.d == NULL or disk_init(self.d, &POOL) < 0 or blk_init(&self.d.io) < 0:
+            raise MemoryError("no memory for a disk")
+        self.d.closed = 1
+        self.generation = fork_generation
+
+    def __dealloc__(self):
+        if self.d != NULL and self.generation == fork_generation:
+            disk_put(self.d)
+
+    cdef int check_usable(self) except -1:
+        if self.generation != fork_generation:
+            raise ValueError(f"disk {self.path} was opened before a fork and is not usable in the child")
+        return 0
+
+    def _attach(self, path, fd, tail_fd, size, direct_end, align, mem_align, zero_align, bint is_device, bint read_only):
+        """Take over open descriptors; the disk is usable from here."""
+        self.path = path
+        self.size = size
+        self.read_only = read_only
+        self.d.io.ops = &PSYNC
+        self.d.io.fd = fd
+        self.d.io.tail_fd = tail_fd
+        self.d.io.size = size
+        self.d.io.direct_end = direct_end
+        self.d.io.align = align
+        self.d.io.mem_align = mem_align
+        self.d.io.zero_align = zero_align
+        self.d.io.is_device = is_device
+        self.d.closed = 0
+
+    @property
+    def closed(self):
+        """Whether close() was called."""
+        return bool(load_relaxed(&self.d.closed))
+
+    cdef object failed(self, int64_t rc, const failure *why):
+        if rc == E_CLOSED:
+            return ValueError(f"disk {self.path} is closed")
+        if why != NULL and why.error:
+            return cbw_error(why)
+        return os_error(rc, self.path)
+
+    cdef int write(self, int op, const void *buf, uint64_t offset, uint64_t length, bint fua, bint may_unmap) except -1:
+        cdef failure why
+        cdef int rc
+        self.check_usable()
+        check_range(offset, length, self.d.io.size)
+        if load_relaxed(&self.d.closed):
+            raise self.failed(E_CLOSED, NULL)
+        if self.read_only:
+            raise OSError(_errno.EPERM, "the disk was opened read-only", self.path)
+        if length == 0:
+            return 0
+        with nogil:
+            rc = guest_write(self.d, op, buf, offset, length, fua, may_unmap, &why)
+        if load_relaxed(&self.d.breaks) and exchange_seq_cst(&self.d.breaks, 0):
+            self._report_breaks()
+        if rc < 0:
+            raise self.failed(rc, &why)
+        return 0
+
+    def _report_breaks(self):
+        """Completed by the Python class: tell of the snapshots that broke."""
+
+    def pread(self, length, offset):
+        """Read ``length`` bytes at ``offset`` (both bytes) as the guest sees them.
+
+        Raises OSError of the disk, ConfigError (a ValueError) for a range outside it, ValueError after close."""
+        cdef long long n = as_bytes(length, "length"), off = as_bytes(offset, "offset")
+        cdef int rc
+        cdef char *p
+        self.check_usable()
+        check_range(off, n, self.d.io.size)
+        data = PyBytes_FromStringAndSize(NULL, n)
+        p = PyBytes_AS_STRING(data)
+        with nogil:
+            rc = guest_read(self.d, p, off, n)
+        if rc < 0:
+            raise self.failed(rc, NULL)
+        return data
+
+    def pread_into(self, buffer, offset):
+        """Fill ``buffer`` (any writable C-contiguous buffer) from ``offset`` bytes on, without a copy. Raises as pread()."""
+        cdef long long off = as_bytes(offset, "offset")
+        cdef Py_buffer view
+        cdef int rc
+        self.check_usable()
+        get_buffer(buffer, &view, True)
+        try:
+            check_range(off, view.len, self.d.io.size)
+            with nogil:
+                rc = guest_read(self.d, view.buf, off, view.len)
+        finally:
+            PyBuffer_Release(&view)
+        if rc < 0:
+            raise self.failed(rc, NULL)
+
+    def pwrite(self, buffer, offset, *, bint fua=False):
+        """Write all of ``buffer`` (any C-contiguous buffer) at ``offset`` bytes; with ``fua`` durably (R14).
+
+        Old clusters that a snapshot still needs are copied first (R1). Raises CopyBeforeWriteError where that fails under
+        break-guest-write, and then the disk is unchanged (R9); OSError of the disk; ConfigError; ValueError after close."""
+        cdef long long off = as_bytes(offset, "offset")
+        cdef Py_buffer view
+        get_buffer(buffer, &view, False)
+        try:
+            self.write(GUEST_WRITE, view.buf, off, view.len, fua, False)
+        finally:
+            PyBuffer_Release(&view)
+
+    def pwrite_zeroes(self, offset, length, *, bint may_unmap=True, bint fua=False):
+        """Make a range (bytes) read as zeroes; ``may_unmap`` lets it become a hole. A guest write (R5); raises as pwrite()."""
+        self.write(GUEST_WRITE_ZEROES, NULL, as_bytes(offset, "offset"), as_bytes(length, "length"), fua, may_unmap)
+
+    def discard(self, offset, length):
+        """Tell the storage that a range (bytes) is not needed; advisory. A guest write (R5); raises as pwrite()."""
+        self.write(GUEST_DISCARD, NULL, as_bytes(offset, "offset"), as_bytes(length, "length"), False, True)
+
+    def flush(self):
+        """Make every completed guest write durable (R14). A failure is for good: later flushes fail too. Raises OSError."""
+        cdef int rc
+        self.check_usable()
+        with nogil:
+            rc = guest_flush(self.d)
+        if rc < 0:
+            raise self.failed(rc, NULL)
+
+    def _extent(self, uint64_t start, uint64_t end):
+        """(end, hole) of the extent at ``start``."""
+        cdef bint hole = False
+        cdef int64_t rc
+        self.check_usable()
+        with nogil:
+            rc = guest_status(self.d, start, end, &hole)
+        if rc < 0:
+            raise self.failed(rc, NULL)
+        return rc, hole
+
+    def _counters(self):
+        """(writes, written bytes, reads, read bytes) since open."""
+        cdef uint64_t writes = 0, written = 0, reads = 0, read = 0
+        cdef int i
+        for i in range(CBW_SLOTS):
+            writes += load_relaxed(&self.d.slots[i].guest_writes)
+            written += load_relaxed(&self.d.slots[i].guest_write_bytes)
+            reads += load_relaxed(&self.d.slots[i].guest_reads)
+            read += load_relaxed(&self.d.slots[i].guest_read_bytes)
+        return writes, written, reads, read
+
+    def _close(self):
+        cdef int rc
+        if self.generation != fork_generation or load_relaxed(&self.d.closed):
+            return
+        with nogil:
+            rc = disk_close(self.d)
+        if rc < 0:
+            raise os_error(rc, self.path)
+
+    def _inject(self, FaultPlan plan):
+        """For tests: put the fault-injecting engine before the disk's own; None takes it away. No I/O may be in flight."""
+        self.d.io.faults = plan.plan if plan is not None else NULL
+        self.d.io.ops = &FAULTY if plan is not None else &PSYNC
+        self.faults = plan
+
+    def _advance_clock(self, double seconds):
+        """For tests: let the snapshots' timeouts see time pass, and wake whoever waits with one."""
+        cdef uint64_t i
+        add_seq_cst(&self.d.clock_skew, <uint64_t>(seconds * 1e9))
+        with nogil:
+            gate_shut(self.d)
+            for i in range(self.d.nsnaps):
+                pthread_mutex_lock(&self.d.snaps[i].lock)
+                wake(self.d.snaps[i])
+                pthread_mutex_unlock(&self.d.snaps[i].lock)
+            gate_open(self.d)
+
+
+# ---- snapshots ----
+
+cdef object cbw_error(const failure *why):
+    error = CopyBeforeWriteError(why.error, os.strerror(why.error), OPERATIONS[why.operation], why.offset, why.length)
+    if why.time:
+        error.time = why.time / 1e9
+    return error
+
+
+cdef class SnapshotCore:
+    """A disk as it was at T0. Every method may be called from any thread."""
+    cdef snapshot *s
+    cdef disk *d                       # owns one of its references
+    cdef uint64_t generation
+    cdef bint linked
+    cdef uint64_t guest_writes_before
+    cdef readonly DiskCore _disk
+    cdef object faults
+    cdef readonly object size
+    cdef readonly object cluster_size
+
+    def __cinit__(self, DiskCore disk not None, int shift, bint scoped, *args, **kwargs):
+        self.generation = fork_generation
+        self.s = <snapshot *>calloc(1, sizeof(snapshot))
+        if self.s == NULL or snapshot_init(self.s, &disk.d.io, &POOL, &disk.d.clock_skew, disk.size, shift, scoped) < 0 \
+                or blk_init(&self.s.target) < 0:
+            raise MemoryError("no memory for a snapshot's maps")
+        self._disk = disk
+        self.d = disk.d
+        add_seq_cst(&self.d.refs, 1)
+        self.size = disk.size
+        self.cluster_size = 1 << shift
+
+    def __dealloc__(self):
+        if self.generation != fork_generation:
+            return
+        if self.s != NULL:
+            self.release()
+        if self.d != NULL:
+            disk_put(self.d)
+
+    cdef int release(self) noexcept:
+        cdef int rc
+        cdef snapshot *s = self.s
+        cdef disk *d = self.d
+        cdef bint linked = self.linked
+        self.s = NULL                  # under the GIL: no request enters from here; those inside are waited for
+        with nogil:
+            if linked:
+                disarm(d, s)
+            rc = snapshot_destroy(s)
+            free(s)
+        return rc
+
+    def _attach(self, fd, tail_fd, size, direct_end, align, mem_align, zero_align, bint is_device, bint is_new,
+                int policy, int64_t timeout_ns, target_limit, uint64_t max_copies, uint64_t copy_run):
+        """Take over the target's open descriptors, and start a helper thread where there is a timeout."""
+        cdef int rc
+        self.s.target.ops = &PSYNC
+        self.s.target.fd = fd
+        self.s.target.tail_fd = tail_fd
+        self.s.target.size = size
+        self.s.target.direct_end = direct_end
+        self.s.target.align = align
+        self.s.target.mem_align = mem_align
+        self.s.target.zero_align = zero_align
+        self.s.target.is_device = is_device
+        self.s.target_is_new = is_new
+        self.s.policy = policy
+        self.s.target_limit = target_limit
+        self.s.max_copies = max_copies
+        self.s.copy_run = copy_run
+        rc = snapshot_set_timeout(self.s, timeout_ns)
+        if rc < 0:
+            raise os_error(rc, None)
+
+    def _begin_scope(self, bint recorded):
+        """From here on guest writes are in the scope (``recorded``), so that the bitmap can be copied at leisure."""
+        cdef int rc
+        self.linked = True
+        if not recorded:
+            return
+        with nogil:
+            rc = attach_sink(self.d, &self.s.need, self.s.shift)
+            if rc == 0:
+                rc = attach_sink(self.d, &self.s.access, self.s.shift)
+        if rc < 0:
+            raise ConfigError(f"a disk records at most {MAX_SINKS} bitmaps")
+
+    def _add_scope(self, BitmapCore source not None):
+        """Put every cluster that touches a set bit of ``source`` into the scope."""
+        with nogil:
+            merge_bits(&self.s.need, self.s.shift, &source.map, source.shift, self.s.size)
+            merge_bits(&self.s.access, self.s.shift, &source.map, source.shift, self.s.size)
+
+    cdef snapshot *open(self) except NULL:
+        """The snapshot, pinned: the caller gives it back with done_with()."""
+        if self.generation != fork_generation:
+            raise ValueError("the snapshot was taken before a fork and is not usable in the child")
+        if self.s == NULL:
+            raise ValueError("the snapshot is closed")
+        pthread_mutex_lock(&self.s.lock)
+        self.s.users += 1
+        pthread_mutex_unlock(&self.s.lock)
+        return self.s
+
+    cdef void done_with(self, snapshot *s) noexcept nogil:
+        pthread_mutex_lock(&s.lock)
+        s.users -= 1
+        wake(s)
+        pthread_mutex_unlock(&s.lock)
+
+    cdef object failed(self, int64_t rc, uint64_t offset, uint64_t length):
+        if rc == E_CLOSED:
+            return ValueError("the snapshot is closed")
+        if rc == E_ACCESS:
+            return SnapshotAccessError(EACCES, f"offset {offset} length {length} is outside the snapshot's scope or discarded")
+        if rc == E_BROKEN:
+            cause = self._cause()
+            error = SnapshotBrokenError(EACCES, f"the snapshot is broken: {cause}")
+            error.__cause__ = cause
+            return error
+        return os_error(rc, self._disk.path)
+
+    def _state(self):
+        """Index into STATES."""
+        return self.s.state if self.s != NULL else 2
+
+    def _cause(self):
+        """The first failure, as a CopyBeforeWriteError; None while there is none."""
+        cdef failure why
+        cdef bint broken
+        if self.s == NULL:
+            return None
+        pthread_mutex_lock(&self.s.lock)
+        broken = self.s.cause.error != 0
+        why = self.s.cause
+        pthread_mutex_unlock(&self.s.lock)
+        return cbw_error(&why) if broken else None
+
+    def pread(self, length, offset):
+        """Read ``length`` bytes at ``offset`` (both bytes) as they were at T0.
+
+        Raises SnapshotBrokenError after a break, SnapshotAccessError outside the scope or where discarded, OSError of disk or
+        target, ConfigError (a ValueError) for a range outside the snapshot, ValueError after close."""
+        cdef long long n = as_bytes(length, "length"), off = as_bytes(offset, "offset")
+        cdef snapshot *s
+        cdef char *p
+        cdef int rc
+        check_range(off, n, self._disk.d.io.size)
+        data = PyBytes_FromStringAndSize(NULL, n)
+        p = PyBytes_AS_STRING(data)
+        s = self.open()
+        with nogil:
+            rc = snapshot_read(s, p, n, off)
+            self.done_with(s)
+        if rc < 0:
+            raise self.failed(rc, off, n)
+        return data
+
+    def pread_into(self, buffer, offset):
+        """Fill ``buffer`` (any writable C-contiguous buffer) with T0 data from ``offset`` bytes on. Raises as pread();
+        after an error the contents of ``buffer`` are undefined."""
+        cdef long long off = as_bytes(offset, "offset")
+        cdef Py_buffer view
+        cdef snapshot *s
+        cdef int rc
+        get_buffer(buffer, &view, True)
+        try:
+            check_range(off, view.len, self._disk.d.io.size)
+            s = self.open()
+            with nogil:
+                rc = snapshot_read(s, <char *>view.buf, view.len, off)
+                self.done_with(s)
+            if rc < 0:
+                raise self.failed(rc, off, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    def discard(self, offset, length):
+        """Give up the whole clusters inside a range (bytes; R4): they read as SnapshotAccessError from here on, guest writes
+        no longer copy them, and the target's space for them is given back. Raises as pread()."""
+        cdef long long n = as_bytes(length, "length"), off = as_bytes(offset, "offset")
+        cdef snapshot *s
+        cdef int rc
+        check_range(off, n, self._disk.d.io.size)
+        s = self.open()
+        with nogil:
+            rc = snapshot_discard(s, off, n)
+            self.done_with(s)
+        if rc < 0:
+            raise self.failed(rc, off, n)
+
+    def _extent(self, uint64_t start, uint64_t end):
+        """(end, accessible, zero) of the extent at ``start``."""
+        cdef snapshot *s = self.open()
+        cdef int flags = 0
+        cdef int64_t rc
+        with nogil:
+            rc = snapshot_status(s, start, end, &flags)
+            self.done_with(s)
+        if rc < 0:
+            raise self.failed(rc, start, end - start)
+        return rc, bool(flags & STATUS_ACCESS), bool(flags & STATUS_ZERO)
+
+    def _set_policy(self, int policy):
+        cdef snapshot *s = self.open()
+        pthread_mutex_lock(&s.lock)
+        s.policy = policy
+        pthread_mutex_unlock(&s.lock)
+        self.done_with(s)
+
+    def _set_timeout(self, int64_t ns):
+        cdef snapshot *s = self.open()
+        cdef int rc = snapshot_set_timeout(s, ns)
+        self.done_with(s)
+        if rc < 0:
+            raise os_error(rc, None)
+
+    def _counters(self):
+        """The figures of stats() as a dict; times in seconds, histogram as (upper bound, count) pairs."""
+        cdef snapshot *s = self.open()
+        cdef cbw_stats now
+        cdef uint64_t used
+        cdef int fd, i
+        pthread_mutex_lock(&s.lock)
+        now = s.stats
+        used = s.target_used
+        fd = s.target.fd
+        pthread_mutex_unlock(&s.lock)
+        try:
+            allocated = os.fstat(fd).st_blocks * 512
+        finally:
+            self.done_with(s)
+        return {
+            "guest_writes": self._disk._counters()[0] - self.guest_writes_before,
+            "cbw_copies": now.copies,
+            "cbw_bytes": now.copied_bytes,
+            "cbw_zero_bytes": now.zero_bytes,
+            "cbw_failures": now.failures,
+            "timeouts": now.timeouts,
+            "waits": now.waits,
+            "wait_seconds": now.wait_ns / 1e9,
+            "longest_wait": now.longest_wait_ns / 1e9,
+            "wait_histogram": tuple((2 ** i / 1e6, now.histogram[i]) for i in range(HISTOGRAM) if now.histogram[i]),
+            "copy_waits": now.copy_waits,
+            "frozen_waits": now.frozen_waits,
+            "target_bytes": used,
+            "target_allocated": allocated,
+            "arm_pause": now.arm_pause_ns / 1e9,
+        }
+
+    def _map(self, str name):
+        """For tests: a map as a list of bools, one per cluster."""
+        cdef snapshot *s = self.open()
+        cdef bitmap *maps[4]
+        maps[:] = [&s.need, &s.done, &s.zero, &s.access]
+        cdef bitmap *m = maps[("need", "done", "zero", "access").index(name)]
+        cdef uint64_t i
+        bits = [bitmap_next(m, i, i + 1, True) == i for i in range(s.nclusters)]
+        self.done_with(s)
+        return bits
+
+    def _close(self):
+        """Wait for what is under way, late copies included (R8), then let go of the target. Raises OSError of its close."""
+        cdef int rc
+        if self.s == NULL or self.generation != fork_generation:
+            return
+        rc = self.release()
+        if rc < 0:
+            raise os_error(rc, None)
+
+    def _inject(self, FaultPlan plan):
+        """For tests: as DiskCore._inject(), for the target."""
+        self.s.target.faults = plan.plan if plan is not None else NULL
+        self.s.target.ops = &FAULTY if plan is not None else &PSYNC
+        self.faults = plan
+
+
+def arm_snapshots(list snaps):
+    """One T0 for all ``snaps``, each attached to its target and with its scope complete; ConfigError, and none is armed,
+    where a disk would have more than MAX_SNAPSHOTS."""
+    cdef snapshot *c_snaps[64]
+    cdef disk *owners[64]
+    cdef disk *disks[64]
+    cdef SnapshotCore snap
+    cdef uint64_t n = len(snaps), ndisks = 0, i
+    cdef int rc
+    if n > 64:
+        raise ConfigError(f"{n} snapshots in one group, more than 64")
+    for i in range(n):
+        snap = snaps[i]
+        c_snaps[i] = snap.s
+        owners[i] = snap.d
+        snap.guest_writes_before = snap._disk._counters()[0]
+    for address in sorted({<size_t>owners[i] for i in range(n)}):
+        disks[ndisks] = <disk *><size_t>address
+        ndisks += 1
+    with nogil:
+        rc = arm(disks, ndisks, c_snaps, owners, n)
+    if rc < 0:
+        raise ConfigError(f"a disk has at most {C_MAX_SNAPSHOTS} snapshots")
+    for snap in snaps:
+        snap.linked = True
+
+
+# ---- faults, for tests ----
+
+cdef dict FAULT_OPS = {"pread": OP_READ, "pwrite": OP_WRITE, "zero": OP_ZERO, "discard": OP_DISCARD, "flush": OP_FLUSH,
+                       "seek": OP_SEEK}
+
+
+cdef class FaultPlan:
+    """Faults to inject between the engine and a file, for tests; see DiskCore._inject(). It logs every call, too."""
+    cdef fault_plan *plan
+
+    def __cinit__(self):
+        self.plan = <fault_plan *>calloc(1, sizeof(fault_plan))
+        if self.plan == NULL or plan_init(self.plan, &PSYNC) < 0:
+            raise MemoryError("no memory for a fault plan")
+
+    def __dealloc__(self):
+        free(self.plan)
+
+    def _add(self, str op, int action, int64_t value, start, end, skip, times):
+        cdef fault_plan *p = self.plan
+        cdef uint64_t i
+        if p.nrules == MAX_RULES:
+            raise ConfigError(f"a plan has at most {MAX_RULES} rules")
+        pthread_mutex_lock(&p.lock)
+        i = p.nrules
+        p.rules[i].op = FAULT_OPS[op]
+        p.rules[i].action = action
+        p.rules[i].value = value
+        p.rules[i].start = start
+        p.rules[i].end = end
+        p.rules[i].skip = skip
+        p.rules[i].times = times
+        p.nrules = i + 1
+        pthread_mutex_unlock(&p.lock)
+
+    def error(self, op, code=EIO, *, start=0, end=2**63, skip=0, times=2**63):
+        """Fail calls of ``op`` ("pread", "pwrite", "zero", "discard", "flush", "seek") with errno ``code``: those that touch
+        bytes [start, end), after the first ``skip`` of them, ``times`` of them."""
+        self._add(op, ACT_ERROR, code, start, end, skip, times)
+
+    def short(self, op, nbytes, *, start=0, end=2**63, skip=0, times=2**63):
+        """Let calls transfer at most ``nbytes``."""
+        self._add(op, ACT_SHORT, nbytes, start, end, skip, times)
+
+    def delay(self, op, seconds, *, start=0, end=2**63, skip=0, times=2**63):
+        """Let calls sleep first."""
+        self._add(op, ACT_DELAY, int(seconds * 1e9), start, end, skip, times)
+
+    def stall(self, op, *, start=0, end=2**63, skip=0, times=2**63):
+        """Let calls wait for release() first."""
+        self._add(op, ACT_STALL, 0, start, end, skip, times)
+
+    def release(self):
+        """Forget all rules and let stalled calls go on."""
+        with nogil:
+            plan_release(self.plan)
+
+    def wait_stalled(self, uint64_t count=1):
+        """Wait until ``count`` calls are stalled."""
+        cdef fault_plan *p = self.plan
+        with nogil:
+            pthread_mutex_lock(&p.lock)
+            while p.stalled < count:
+                pthread_cond_wait(&p.changed, &p.lock)
+            pthread_mutex_unlock(&p.lock)
+
+    @property
+    def stalled(self):
+        """How many calls are stalled now."""
+        return self.plan.stalled
+
+    def calls(self, op=None):
+        """The calls seen, oldest first, as (op, offset, length); the last 65536 of them."""
+        cdef fault_plan *p = self.plan
+        names = {v: k for k, v in FAULT_OPS.items()}
+        pthread_mutex_lock(&p.lock)
+        first = p.ncalls - LOG_LENGTH if p.ncalls > LOG_LENGTH else 0
+        raw = [(p.log[i % LOG_LENGTH].op, p.log[i % LOG_LENGTH].off, p.log[i % LOG_LENGTH].n)
+               for i in range(first, p.ncalls)]
+        pthread_mutex_unlock(&p.lock)
+        return [(names[o], off, n) for o, off, n in raw if op is None or names[o] == op]
+
+    def forget_calls(self):
+        """Empty the log."""
+        self.plan.ncalls = 0

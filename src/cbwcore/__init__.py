@@ -1,0 +1,43 @@
+"""cbwcore: copy-before-write snapshots of block storage, in user space.
+
+A guest goes on writing its disk; before a cluster is overwritten its old data is copied to a target; the snapshot stays
+readable as the disk was at T0.
+"""
+
+from cbwcore.bitmaps import DirtyBitmap
+from cbwcore.disk import Disk
+from cbwcore.errors import (
+    CbwError,
+    ConfigError,
+    CopyBeforeWriteError,
+    SnapshotAccessError,
+    SnapshotBrokenError,
+    StateError,
+)
+from cbwcore.extents import Extent
+from cbwcore.limits import limits
+from cbwcore.options import SnapshotOptions
+from cbwcore.policy import OnCbwError, SnapshotState
+from cbwcore.snapshot import Snapshot, snapshot_group
+from cbwcore.stats import DiskStats, SnapshotStats
+
+__all__ = [
+    "CbwError",
+    "ConfigError",
+    "CopyBeforeWriteError",
+    "DirtyBitmap",
+    "Disk",
+    "DiskStats",
+    "Extent",
+    "OnCbwError",
+    "Snapshot",
+    "SnapshotAccessError",
+    "SnapshotBrokenError",
+    "SnapshotOptions",
+    "SnapshotState",
+    "SnapshotStats",
+    "StateError",
+    "limits",
+    "snapshot_group",
+]
+__version__ = "0.1.0"

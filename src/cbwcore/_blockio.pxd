@@ -1,0 +1,409 @@
+# Block I/O on one file or block device: whole transfers, O_DIRECT alignment, zeroes, holes.
+#
+# An I/O engine is a table of operations, `blk_ops`; each entry makes one attempt and may be short.
+# The loops above it (R12), the alignment (R13) and the errors (R19) are the same for every engine.
+#
+# O_DIRECT: [0, direct_end) goes through `fd` in units of `align`. A file whose size is no multiple of it
+# has its last page [direct_end, size) served through `tail_fd`, which is buffered; the two never share a page.
+# Every function returns 0 or -errno.
+
+from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, ENOTTY, ENXIO, EOPNOTSUPP
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.string cimport memcpy
+from cbwcore._sys cimport (
+    FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, SEEK_DATA, SEEK_END, SEEK_HOLE, close_once, cond_init, discard_device,
+    fallocate_once, load_acquire, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_t, pthread_cond_wait,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
+    read_once, seek_once, sleep_ns, store_release, sync_once, write_once, zero_block,
+)
+from cbwcore._geometry cimport least, round_down, round_up
+from cbwcore._reqlist cimport reqlist, reqlist_add, reqlist_conflict, reqlist_remove, request
+from cbwcore._buffers cimport bufpool, bufpool_get, bufpool_put
+
+cdef enum:
+    BOUNCE = 1 << 20            # bytes of one bounce buffer
+    ZERO_BLOCK = 65536
+    SHORTEST_TRIES = 100        # attempts in a row that O_DIRECT may end inside one block
+
+
+cdef struct blk
+
+
+cdef struct blk_ops:
+    int64_t (*pread)(blk *b, int fd, void *buf, uint64_t n, uint64_t off) noexcept nogil
+    int64_t (*pwrite)(blk *b, int fd, const void *buf, uint64_t n, uint64_t off, bint durable) noexcept nogil
+    int (*zero)(blk *b, uint64_t off, uint64_t n, bint may_unmap) noexcept nogil
+    int (*discard)(blk *b, uint64_t off, uint64_t n) noexcept nogil
+    int (*flush)(blk *b) noexcept nogil
+    int64_t (*seek)(blk *b, uint64_t off, int whence) noexcept nogil
+
+
+cdef struct blk:
+    const blk_ops *ops          # changed only while no I/O is in flight
+    void *faults                # the plan of the fault-injecting engine, else NULL
+    int fd
+    int tail_fd                 # -1 where there is no tail
+    bint is_device
+    uint64_t size               # bytes, fixed at open
+    uint64_t direct_end         # bytes; `size` where I/O is buffered or the size is aligned
+    uint64_t align              # of offsets and lengths through fd; 1 where buffered
+    uint64_t mem_align          # of memory; 1 where buffered
+    uint64_t zero_align         # of fallocate ranges
+    uint64_t flush_error        # sticky: after a failed fdatasync the kernel has forgotten what was not written
+    uint64_t tracked            # writes are listed in `writes`; set once, by the first unaligned write, while drained
+    pthread_mutex_t lock        # guards `writes`
+    pthread_cond_t written
+    reqlist writes              # writes in flight, where tracked
+
+
+cdef inline int blk_init(blk *b) noexcept nogil:
+    pthread_mutex_init(&b.lock, NULL)
+    return cond_init(&b.written)
+
+
+cdef inline int blk_close(blk *b) noexcept nogil:
+    cdef int rc = 0, tail = 0
+    if b.fd >= 0:
+        rc = close_once(b.fd)
+    if b.tail_fd >= 0:
+        tail = close_once(b.tail_fd)
+    b.fd = b.tail_fd = -1
+    return rc if rc < 0 else tail
+
+
+cdef inline void blk_destroy(blk *b) noexcept nogil:
+    pthread_cond_destroy(&b.written)
+    pthread_mutex_destroy(&b.lock)
+
+
+# ---- psync: the plain system calls ----
+
+cdef inline int64_t psync_pread(blk *b, int fd, void *buf, uint64_t n, uint64_t off) noexcept nogil:
+    return read_once(fd, buf, n, off)
+
+
+cdef inline int64_t psync_pwrite(blk *b, int fd, const void *buf, uint64_t n, uint64_t off,
+                                 bint durable) noexcept nogil:
+    return write_once(fd, buf, n, off, durable)
+
+
+cdef inline int psync_zero(blk *b, uint64_t off, uint64_t n, bint may_unmap) noexcept nogil:
+    return fallocate_once(b.fd, FALLOC_FL_PUNCH_HOLE if may_unmap else FALLOC_FL_ZERO_RANGE, off, n)
+
+
+cdef inline int psync_discard(blk *b, uint64_t off, uint64_t n) noexcept nogil:
+    if b.is_device:
+        return discard_device(b.fd, off, n)
+    return fallocate_once(b.fd, FALLOC_FL_PUNCH_HOLE, off, n)
+
+
+cdef inline int psync_flush(blk *b) noexcept nogil:
+    return sync_once(b.fd)
+
+
+cdef inline int64_t psync_seek(blk *b, uint64_t off, int whence) noexcept nogil:
+    return seek_once(b.fd, off, whence)
+
+
+# ---- whole transfers ----
+
+cdef inline bint try_again(int64_t rc) noexcept nogil:
+    """Whether one attempt is to be repeated; EAGAIN waits a little first."""
+    if rc == -EINTR:
+        return True
+    if rc == -EAGAIN:
+        sleep_ns(100_000)
+        return True
+    return False
+
+
+cdef inline int read_all(blk *b, int fd, char *buf, uint64_t n, uint64_t off) noexcept nogil:
+    """Read exactly `n` bytes. End of file before that is EIO: the disk has been cut (R12)."""
+    cdef uint64_t unit = b.align if fd == b.fd else 1
+    cdef int64_t rc
+    cdef int stuck = 0
+    while n:
+        rc = b.ops.pread(b, fd, buf, n, off)
+        if try_again(rc):
+            continue
+        if rc < 0:
+            return <int>rc
+        if rc == 0 or <uint64_t>rc > n:
+            return -EIO
+        rc = <int64_t>round_down(<uint64_t>rc, unit)
+        stuck = 0 if rc else stuck + 1
+        if stuck == SHORTEST_TRIES:
+            return -EIO
+        buf += rc
+        n -= <uint64_t>rc
+        off += <uint64_t>rc
+    return 0
+
+
+cdef inline int write_all(blk *b, int fd, const char *buf, uint64_t n, uint64_t off, bint durable) noexcept nogil:
+    """Write exactly `n` bytes."""
+    cdef uint64_t unit = b.align if fd == b.fd else 1
+    cdef int64_t rc
+    cdef int stuck = 0
+    while n:
+        rc = b.ops.pwrite(b, fd, buf, n, off, durable)
+        if try_again(rc):
+            continue
+        if rc < 0:
+            return <int>rc
+        if <uint64_t>rc > n:
+            return -EIO
+        rc = <int64_t>round_down(<uint64_t>rc, unit)
+        stuck = 0 if rc else stuck + 1
+        if stuck == SHORTEST_TRIES:
+            return -EIO
+        buf += rc
+        n -= <uint64_t>rc
+        off += <uint64_t>rc
+    return 0
+
+
+# ---- O_DIRECT: bounce buffers and read-modify-write ----
+
+cdef inline bint memory_fits(const blk *b, const void *buf) noexcept nogil:
+    return (<uintptr_t>buf & (b.mem_align - 1)) == 0
+
+
+cdef inline bint range_fits(const blk *b, uint64_t off, uint64_t n) noexcept nogil:
+    return ((off | n) & (b.align - 1)) == 0
+
+
+cdef inline bint blk_needs_tracking(const blk *b, uint64_t off, uint64_t n) noexcept nogil:
+    """Whether this write is a read-modify-write and writes are not yet listed; if so the caller drains and tracks."""
+    if b.align == 1 or off >= b.direct_end or load_acquire(&b.tracked):
+        return False
+    return not range_fits(b, off, least(off + n, b.direct_end) - off)
+
+
+cdef inline void blk_track(blk *b) noexcept nogil:
+    """From here writes are listed. The caller has drained the writes in flight."""
+    store_release(&b.tracked, 1)
+
+
+cdef inline void range_lock(blk *b, request *r, uint64_t start, uint64_t end, bint serialising) noexcept nogil:
+    """Enter a write into the list, after every write that it must not overlap (R13)."""
+    pthread_mutex_lock(&b.lock)
+    while reqlist_conflict(&b.writes, start, end, serialising):
+        pthread_cond_wait(&b.written, &b.lock)
+    r.serialising = serialising
+    reqlist_add(&b.writes, r, start, end)
+    pthread_mutex_unlock(&b.lock)
+
+
+cdef inline void range_unlock(blk *b, request *r) noexcept nogil:
+    pthread_mutex_lock(&b.lock)
+    reqlist_remove(&b.writes, r)
+    pthread_cond_broadcast(&b.written)
+    pthread_mutex_unlock(&b.lock)
+
+
+cdef inline int read_bounced(blk *b, bufpool *pool, char *buf, uint64_t n, uint64_t off) noexcept nogil:
+    """Read an unaligned range, or into unaligned memory, through an aligned buffer."""
+    cdef uint64_t start, end, piece
+    cdef void *bounce
+    cdef int rc = 0
+    while n and rc == 0:
+        start = round_down(off, b.align)
+        piece = least(n, start + BOUNCE - off)
+        end = round_up(off + piece, b.align)
+        rc = bufpool_get(pool, end - start, &bounce)
+        if rc < 0:
+            return rc
+        rc = read_all(b, b.fd, <char *>bounce, end - start, start)
+        if rc == 0:
+            memcpy(buf, <char *>bounce + (off - start), piece)
+        bufpool_put(pool, bounce, end - start)
+        buf += piece
+        n -= piece
+        off += piece
+    return rc
+
+
+cdef inline int read_modify_write(blk *b, char *bounce, uint64_t start, uint64_t end, const char *buf, uint64_t n,
+                                  uint64_t off, bint durable) noexcept nogil:
+    """Write [off, off + n) inside the aligned [start, end): read the blocks that are only partly written first."""
+    cdef uint64_t last = end - b.align
+    cdef int rc = 0
+    if off > start:
+        rc = read_all(b, b.fd, bounce, b.align, start)
+    if rc == 0 and off + n < end and (last > start or off == start):
+        rc = read_all(b, b.fd, bounce + (last - start), b.align, last)
+    if rc < 0:
+        return rc
+    memcpy(bounce + (off - start), buf, n)
+    return write_all(b, b.fd, bounce, end - start, start, durable)
+
+
+cdef inline int write_bounced(blk *b, bufpool *pool, const char *buf, uint64_t n, uint64_t off,
+                              bint durable) noexcept nogil:
+    """Write an unaligned range, or from unaligned memory. A piece that needs read-modify-write holds the range lock."""
+    cdef uint64_t start, end, piece
+    cdef void *bounce
+    cdef request r
+    cdef bint listed
+    cdef int rc = 0
+    while n and rc == 0:
+        start = round_down(off, b.align)
+        piece = least(n, start + BOUNCE - off)
+        end = round_up(off + piece, b.align)
+        rc = bufpool_get(pool, end - start, &bounce)
+        if rc < 0:
+            return rc
+        listed = load_acquire(&b.tracked)
+        if listed:
+            range_lock(b, &r, start, end, not range_fits(b, off, piece))
+        rc = read_modify_write(b, <char *>bounce, start, end, buf, piece, off, durable)
+        if listed:
+            range_unlock(b, &r)
+        bufpool_put(pool, bounce, end - start)
+        buf += piece
+        n -= piece
+        off += piece
+    return rc
+
+
+cdef inline int write_listed(blk *b, const char *buf, uint64_t n, uint64_t off, bint durable) noexcept nogil:
+    cdef request r
+    cdef int rc
+    range_lock(b, &r, off, off + n, False)
+    rc = write_all(b, b.fd, buf, n, off, durable)
+    range_unlock(b, &r)
+    return rc
+
+
+# ---- what the engine calls ----
+
+cdef inline int blk_read(blk *b, bufpool *pool, void *buf, uint64_t n, uint64_t off) noexcept nogil:
+    """Read [off, off + n), which lies inside the disk."""
+    cdef uint64_t direct = n if off + n <= b.direct_end else (b.direct_end - off if off < b.direct_end else 0)
+    cdef int rc = 0
+    if direct:
+        if b.align == 1 or (range_fits(b, off, direct) and memory_fits(b, buf)):
+            rc = read_all(b, b.fd, <char *>buf, direct, off)
+        else:
+            rc = read_bounced(b, pool, <char *>buf, direct, off)
+    if rc == 0 and direct < n:
+        rc = read_all(b, b.tail_fd, <char *>buf + direct, n - direct, off + direct)
+    return rc
+
+
+cdef inline int blk_write(blk *b, bufpool *pool, const void *buf, uint64_t n, uint64_t off, bint durable) noexcept nogil:
+    """Write [off, off + n), which lies inside the disk; durable (FUA): on stable storage before return."""
+    cdef uint64_t direct = n if off + n <= b.direct_end else (b.direct_end - off if off < b.direct_end else 0)
+    cdef int rc = 0
+    if direct:
+        if b.align == 1:
+            rc = write_all(b, b.fd, <const char *>buf, direct, off, durable)
+        elif not (range_fits(b, off, direct) and memory_fits(b, buf)):
+            rc = write_bounced(b, pool, <const char *>buf, direct, off, durable)
+        elif load_acquire(&b.tracked):
+            rc = write_listed(b, <const char *>buf, direct, off, durable)
+        else:
+            rc = write_all(b, b.fd, <const char *>buf, direct, off, durable)
+    if rc == 0 and direct < n:
+        rc = write_all(b, b.tail_fd, <const char *>buf + direct, n - direct, off + direct, durable)
+    return rc
+
+
+cdef inline int write_zero_data(blk *b, bufpool *pool, uint64_t off, uint64_t end) noexcept nogil:
+    cdef uint64_t n
+    cdef int rc = 0
+    while off < end and rc == 0:
+        n = least(ZERO_BLOCK - (off & (ZERO_BLOCK - 1)), end - off)
+        rc = blk_write(b, pool, zero_block, n, off, False)
+        off += n
+    return rc
+
+
+cdef inline int zero_range(blk *b, uint64_t off, uint64_t end, bint may_unmap) noexcept nogil:
+    """fallocate over an aligned range, listed like any write."""
+    cdef request r
+    cdef bint listed = b.align > 1 and load_acquire(&b.tracked)
+    cdef int rc = -EINTR
+    if listed:
+        range_lock(b, &r, off, end, False)
+    while try_again(rc):
+        rc = b.ops.zero(b, off, end - off, may_unmap)
+    if listed:
+        range_unlock(b, &r)
+    return rc
+
+
+cdef inline int blk_write_zeroes(blk *b, bufpool *pool, uint64_t off, uint64_t n, bint may_unmap) noexcept nogil:
+    """Make [off, off + n) read as zeroes: deallocated where allowed and possible, else written."""
+    cdef uint64_t end = off + n
+    cdef uint64_t first = round_up(off, b.zero_align), last = round_down(end, b.zero_align)
+    cdef int rc
+    if first >= last:
+        return write_zero_data(b, pool, off, end)
+    rc = zero_range(b, first, last, may_unmap)
+    if rc == -EOPNOTSUPP or rc == -EINVAL:
+        return write_zero_data(b, pool, off, end)
+    if rc == 0:
+        rc = write_zero_data(b, pool, off, first)
+    if rc == 0:
+        rc = write_zero_data(b, pool, last, end)
+    return rc
+
+
+cdef inline int blk_discard(blk *b, uint64_t off, uint64_t n) noexcept nogil:
+    """Give [off, off + n) back to the storage, as far as whole blocks go and the storage can; advisory."""
+    cdef uint64_t end = off + n
+    cdef request r
+    cdef bint listed = b.align > 1 and load_acquire(&b.tracked)
+    cdef int rc = -EINTR
+    off = round_up(off, b.zero_align)
+    end = round_down(end, b.zero_align)
+    if off >= end:
+        return 0
+    if listed:
+        range_lock(b, &r, off, end, False)
+    while try_again(rc):
+        rc = b.ops.discard(b, off, end - off)
+    if listed:
+        range_unlock(b, &r)
+    return 0 if rc == -EOPNOTSUPP or rc == -ENOTTY or rc == -EINVAL else rc
+
+
+cdef inline int blk_flush(blk *b) noexcept nogil:
+    """Every completed write is durable (R14). A failure is sticky: the next fdatasync would succeed and lie."""
+    cdef uint64_t failed = load_acquire(&b.flush_error)
+    cdef int rc = -EINTR
+    if failed:
+        return -<int>failed
+    while try_again(rc):
+        rc = b.ops.flush(b)
+    if rc < 0:
+        store_release(&b.flush_error, <uint64_t>-rc)
+    return rc
+
+
+cdef inline int64_t hole_end(blk *b, uint64_t end) noexcept nogil:
+    """`end`, where the file still has its size. A file cut short must not pass for one that reads as zeroes (R12)."""
+    cdef int64_t size = b.ops.seek(b, 0, SEEK_END)
+    if size < 0:
+        return size
+    return <int64_t>end if <uint64_t>size >= b.size else -EIO
+
+
+cdef inline int64_t blk_extent(blk *b, uint64_t off, uint64_t end, bint *hole) noexcept nogil:
+    """End of the extent that begins at `off`, at most `end`; -errno. What the file system cannot tell counts as data."""
+    cdef int64_t pos
+    hole[0] = False
+    if b.is_device:
+        return <int64_t>end
+    pos = b.ops.seek(b, off, SEEK_DATA)
+    if pos == -ENXIO or pos > <int64_t>off:
+        hole[0] = True
+        return hole_end(b, end if pos < 0 else least(<uint64_t>pos, end))
+    if pos == -EINVAL or pos == -EOPNOTSUPP:
+        return <int64_t>end
+    if pos < 0:
+        return pos
+    pos = b.ops.seek(b, off, SEEK_HOLE)
+    return <int64_t>least(<uint64_t>pos, end) if pos > <int64_t>off else <int64_t>end

@@ -1,0 +1,247 @@
+# What the core takes from the system: atomics, locks, clocks, file calls. No policy here.
+#
+# Every atomic names its order. The GIL is never a lock of the engine.
+
+from libc.stdint cimport int64_t, uint64_t, uint32_t
+
+cdef extern from * nogil:
+    """
+    #ifndef __linux__
+    #error "cbwcore needs Linux: it is built on O_DIRECT, SEEK_DATA, fallocate and OFD locks"
+    #endif
+    #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+    #error "cbwcore needs a little-endian machine: its bitmaps are shared with NumPy and bitarray byte by byte"
+    #endif
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <linux/falloc.h>
+    #include <linux/fs.h>
+    #include <pthread.h>
+    #include <signal.h>
+    #include <stdint.h>
+    #include <string.h>
+    #include <sys/ioctl.h>
+    #include <sys/mman.h>
+    #include <sys/stat.h>
+    #include <sys/syscall.h>
+    #include <sys/uio.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    static inline uint64_t load_relaxed(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+    static inline uint64_t load_acquire(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static inline uint64_t load_seq_cst(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+    static inline void store_relaxed(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+    static inline void store_release(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+    static inline void store_seq_cst(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+    static inline uint64_t add_relaxed(uint64_t *p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+    static inline uint64_t add_seq_cst(uint64_t *p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+    static inline uint64_t sub_seq_cst(uint64_t *p, uint64_t v) { return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST); }
+    static inline uint64_t or_acq_rel(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p, v, __ATOMIC_ACQ_REL); }
+    static inline uint64_t and_acq_rel(uint64_t *p, uint64_t v) { return __atomic_fetch_and(p, v, __ATOMIC_ACQ_REL); }
+    static inline uint64_t exchange_seq_cst(uint64_t *p, uint64_t v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
+
+    static inline int lowest_bit(uint64_t w) { return __builtin_ctzll(w); }
+    static inline int count_bits(uint64_t w) { return __builtin_popcountll(w); }
+
+    /* First index in [k, end) whose word differs from `blank`, else end. Eight words at a time: memory speed. */
+    static uint64_t skip_blank_words(const uint64_t *words, uint64_t k, uint64_t end, uint64_t blank) {
+        for (; k + 8 <= end; k += 8) {
+            uint64_t a = (load_relaxed(words + k) ^ blank) | (load_relaxed(words + k + 1) ^ blank);
+            uint64_t b = (load_relaxed(words + k + 2) ^ blank) | (load_relaxed(words + k + 3) ^ blank);
+            uint64_t c = (load_relaxed(words + k + 4) ^ blank) | (load_relaxed(words + k + 5) ^ blank);
+            uint64_t d = (load_relaxed(words + k + 6) ^ blank) | (load_relaxed(words + k + 7) ^ blank);
+            if (a | b | c | d)
+                break;
+        }
+        for (; k < end; k++)
+            if (load_relaxed(words + k) != blank)
+                return k;
+        return end;
+    }
+
+    /* Whether n bytes are all zero. The first word decides for nearly all data that is not. */
+    static int is_zero(const void *buf, uint64_t n) {
+        const unsigned char *p = (const unsigned char *)buf;
+        uint64_t w;
+        if (n < 16) {
+            for (uint64_t i = 0; i < n; i++)
+                if (p[i])
+                    return 0;
+            return 1;
+        }
+        memcpy(&w, p, 8);
+        return w == 0 && memcmp(p, p + 8, n - 8) == 0;
+    }
+
+    /* Each thread counts its requests in a slot of its own, so that guests share no written cache line. */
+    #define CBW_SLOTS 64
+    static uint32_t cbw_next_slot;
+    static __thread int cbw_slot = -1;
+    static inline int thread_slot(void) {
+        if (cbw_slot < 0)
+            cbw_slot = (int)(__atomic_fetch_add(&cbw_next_slot, 1, __ATOMIC_RELAXED) % CBW_SLOTS);
+        return cbw_slot;
+    }
+
+    static inline int64_t monotonic_ns(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+    }
+    static inline int64_t realtime_ns(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_REALTIME, &t);
+        return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+    }
+    static inline void sleep_ns(int64_t ns) {
+        struct timespec t = { ns / 1000000000, ns % 1000000000 };
+        while (nanosleep(&t, &t) == -1 && errno == EINTR)
+            ;
+    }
+
+    /* A condition whose timed waits follow CLOCK_MONOTONIC. 0 or -errno. */
+    static int cond_init(pthread_cond_t *c) {
+        pthread_condattr_t a;
+        int rc = pthread_condattr_init(&a);
+        if (rc)
+            return -rc;
+        rc = pthread_condattr_setclock(&a, CLOCK_MONOTONIC);
+        if (!rc)
+            rc = pthread_cond_init(c, &a);
+        pthread_condattr_destroy(&a);
+        return -rc;
+    }
+    static void cond_wait_until(pthread_cond_t *c, pthread_mutex_t *m, int64_t when_ns) {
+        struct timespec t = { when_ns / 1000000000, when_ns % 1000000000 };
+        pthread_cond_timedwait(c, m, &t);
+    }
+
+    /* A helper thread: small stack, all signals blocked (they are Python's, for the main thread). 0 or -errno. */
+    static int thread_start(pthread_t *t, void *(*run)(void *), void *arg) {
+        pthread_attr_t a;
+        sigset_t all, old;
+        int rc = pthread_attr_init(&a);
+        if (rc)
+            return -rc;
+        pthread_attr_setstacksize(&a, 256 << 10);
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &old);
+        rc = pthread_create(t, &a, run, arg);
+        pthread_sigmask(SIG_SETMASK, &old, NULL);
+        pthread_attr_destroy(&a);
+        return -rc;
+    }
+
+    /* Memory that costs no page until it is written (R17); NULL when refused. */
+    static void *map_lazily(uint64_t n) {
+        void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED)
+            return NULL;
+        madvise(p, n, MADV_NOHUGEPAGE);
+        return p;
+    }
+
+    static inline int64_t write_once(int fd, const void *buf, uint64_t n, uint64_t off, int durable) {
+        if (durable) {
+            struct iovec v = { (void *)buf, n };
+            ssize_t rc = pwritev2(fd, &v, 1, (off_t)off, RWF_DSYNC);
+            return rc < 0 ? -errno : rc;
+        }
+        ssize_t rc = pwrite(fd, buf, n, (off_t)off);
+        return rc < 0 ? -errno : rc;
+    }
+    static inline int64_t read_once(int fd, void *buf, uint64_t n, uint64_t off) {
+        ssize_t rc = pread(fd, buf, n, (off_t)off);
+        return rc < 0 ? -errno : rc;
+    }
+    static inline int fallocate_once(int fd, int mode, uint64_t off, uint64_t n) {
+        return fallocate(fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)n) ? -errno : 0;
+    }
+    static inline int discard_device(int fd, uint64_t off, uint64_t n) {
+        uint64_t range[2] = { off, n };
+        return ioctl(fd, BLKDISCARD, range) ? -errno : 0;
+    }
+    static inline int64_t seek_once(int fd, uint64_t off, int whence) {
+        off_t rc = lseek(fd, (off_t)off, whence);
+        return rc < 0 ? -errno : rc;
+    }
+    static inline int sync_once(int fd) { return fdatasync(fd) ? -errno : 0; }
+    static inline int close_once(int fd) { return close(fd) ? -errno : 0; }
+
+    /* statx STATX_DIOALIGN by its kernel ABI offsets, so that old headers build too: 0, or -errno when unknown. */
+    static int dio_alignment(int fd, uint32_t *mem, uint32_t *offset) {
+        unsigned char raw[256] = { 0 };
+        uint32_t mask;
+        if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, 0x2000u /* STATX_DIOALIGN */, raw))
+            return -errno;
+        memcpy(&mask, raw, 4);
+        memcpy(mem, raw + 152, 4);
+        memcpy(offset, raw + 156, 4);
+        return (mask & 0x2000u) && *offset ? 0 : -EOPNOTSUPP;
+    }
+
+    static const char zero_block[65536] __attribute__((aligned(4096)));
+    """
+    ctypedef struct pthread_t:
+        pass
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+
+    uint64_t load_relaxed(const uint64_t *p)
+    uint64_t load_acquire(const uint64_t *p)
+    uint64_t load_seq_cst(const uint64_t *p)
+    void store_relaxed(uint64_t *p, uint64_t v)
+    void store_release(uint64_t *p, uint64_t v)
+    void store_seq_cst(uint64_t *p, uint64_t v)
+    uint64_t add_relaxed(uint64_t *p, uint64_t v)
+    uint64_t add_seq_cst(uint64_t *p, uint64_t v)
+    uint64_t sub_seq_cst(uint64_t *p, uint64_t v)
+    uint64_t or_acq_rel(uint64_t *p, uint64_t v)
+    uint64_t and_acq_rel(uint64_t *p, uint64_t v)
+    uint64_t exchange_seq_cst(uint64_t *p, uint64_t v)
+
+    int lowest_bit(uint64_t w)
+    int count_bits(uint64_t w)
+    uint64_t skip_blank_words(const uint64_t *words, uint64_t k, uint64_t end, uint64_t blank)
+    bint is_zero(const void *buf, uint64_t n)
+    int CBW_SLOTS
+    int thread_slot()
+    int64_t monotonic_ns()
+    int64_t realtime_ns()
+    void sleep_ns(int64_t ns)
+
+    int pthread_mutex_init(pthread_mutex_t *m, void *attr)
+    int pthread_mutex_destroy(pthread_mutex_t *m)
+    int pthread_mutex_lock(pthread_mutex_t *m)
+    int pthread_mutex_unlock(pthread_mutex_t *m)
+    int cond_init(pthread_cond_t *c)
+    int pthread_cond_destroy(pthread_cond_t *c)
+    int pthread_cond_wait(pthread_cond_t *c, pthread_mutex_t *m)
+    int pthread_cond_signal(pthread_cond_t *c)
+    int pthread_cond_broadcast(pthread_cond_t *c)
+    void cond_wait_until(pthread_cond_t *c, pthread_mutex_t *m, int64_t when_ns)
+    int thread_start(pthread_t *t, void *(*run)(void *) noexcept nogil, void *arg)
+    int pthread_join(pthread_t t, void **result)
+
+    void *map_lazily(uint64_t n)
+    int munmap(void *p, size_t n)
+    int madvise(void *p, size_t n, int advice)
+    int MADV_DONTNEED
+
+    int64_t read_once(int fd, void *buf, uint64_t n, uint64_t off)
+    int64_t write_once(int fd, const void *buf, uint64_t n, uint64_t off, bint durable)
+    int fallocate_once(int fd, int mode, uint64_t off, uint64_t n)
+    int discard_device(int fd, uint64_t off, uint64_t n)
+    int64_t seek_once(int fd, uint64_t off, int whence)
+    int sync_once(int fd)
+    int close_once(int fd)
+    int dio_alignment(int fd, uint32_t *mem, uint32_t *offset)
+    const char zero_block[65536]
+    int FALLOC_FL_PUNCH_HOLE
+    int FALLOC_FL_ZERO_RANGE
+    int SEEK_DATA
+    int SEEK_END
+    int SEEK_HOLE

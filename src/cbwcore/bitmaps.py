@@ -1,0 +1,188 @@
+"""Dirty bitmaps in memory: which parts of a disk its guest has written. Names follow QEMU's block-dirty-bitmap commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import bitarray as _bitarray
+import numpy as np
+from numpy.typing import NDArray
+
+from cbwcore._cbwcore import BitmapCore
+from cbwcore.errors import ConfigError
+from cbwcore.options import check_name
+
+if TYPE_CHECKING:
+    from cbwcore.disk import Disk
+
+__all__ = ["Bitmaps", "DirtyBitmap"]
+
+MIN_GRANULARITY = 512
+MAX_GRANULARITY = 1 << 31
+
+
+def check_granularity(value: int) -> int:
+    """The shift of a granularity in bytes."""
+    if not isinstance(value, int) or not MIN_GRANULARITY <= value <= MAX_GRANULARITY or value & (value - 1):
+        raise ConfigError(f"granularity {value} is no power of two from {MIN_GRANULARITY} to {MAX_GRANULARITY}")
+    return value.bit_length() - 1
+
+
+class DirtyBitmap(BitmapCore):
+    """One bit for every ``granularity`` bytes of ``size`` bytes.
+
+    Made by ``disk.bitmaps.add()`` it records the disk's guest writes while enabled: a bit is set before the write is
+    submitted. Made by itself it is a plain set of ranges. The buffer protocol shows its bytes read-only and without a
+    copy, bit i at byte i // 8, lowest bit first; bits past the last are 0.
+    """
+
+    def __new__(cls, size: int, granularity: int = 65536, *, name: str = "") -> DirtyBitmap:  # noqa: D102
+        return super().__new__(cls, size, check_granularity(granularity))
+
+    def __init__(self, size: int, granularity: int = 65536, *, name: str = "") -> None:
+        self.name = name
+        self._disk: Disk | None = None
+        self._enabled = False
+
+    def __repr__(self) -> str:
+        state = "recording" if self.enabled else "disabled"
+        return f"<DirtyBitmap {self.name!r} {self.count()} of {self.size} bytes, granularity {self.granularity}, {state}>"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether guest writes are recorded."""
+        return self._enabled
+
+    def enable(self) -> None:
+        """Record guest writes: all that complete after this returns (QMP block-dirty-bitmap-enable). Needs a disk."""
+        if self._disk is None:
+            raise ConfigError(f"bitmap {self.name!r} belongs to no disk; use disk.bitmaps.add()")
+        with self._disk._admin:
+            self._record(self._disk)
+            self._enabled = True
+
+    def disable(self) -> None:
+        """Stop recording (QMP block-dirty-bitmap-disable)."""
+        self._record(None)
+        self._enabled = False
+
+    def clear(self) -> None:
+        """Make all clean, at a moment when no guest write is in flight (QMP block-dirty-bitmap-clear)."""
+        self._reset()
+
+    def merge(self, *others: DirtyBitmap) -> None:
+        """Add what others have (QMP block-dirty-bitmap-merge); a bit rounds outward to this granularity."""
+        for other in others:
+            if other.size != self.size:
+                raise ConfigError(f"bitmap {other.name!r} is of {other.size} bytes, not {self.size}")
+        for other in others:
+            self._merge(other)
+
+    def set_range(self, offset: int, length: int) -> None:
+        """Mark a range (bytes), rounded outward."""
+        self._check(offset, length)
+        if length:
+            self._put(offset // self.granularity, (offset + length - 1) // self.granularity + 1, True)
+
+    def is_dirty(self, offset: int) -> bool:
+        """Whether the byte at ``offset`` lies in a marked range."""
+        self._check(offset, 1)
+        bit = offset // self.granularity
+        return bool(self._next(bit, True) == bit)
+
+    def count(self) -> int:
+        """Marked bytes, in whole granules but for a short last one."""
+        bits: int = self._count()
+        tail = self.size % self.granularity
+        if tail and self.is_dirty(self.size - 1):
+            return (bits - 1) * self.granularity + tail
+        return bits * self.granularity
+
+    def run_at(self, offset: int, end: int) -> tuple[bool, int]:
+        """Whether ``offset`` is marked, and where that ends, at most at ``end``; all in bytes."""
+        dirty = self.is_dirty(offset)
+        stop = self._next(offset // self.granularity, not dirty) * self.granularity
+        return dirty, min(stop, end)
+
+    def ranges(self, offset: int = 0) -> Iterator[tuple[int, int]]:
+        """The marked ranges from ``offset`` on, as (offset, length) in bytes, lazily; at memory speed between them."""
+        bit = offset // self.granularity
+        while (bit := self._next(bit, True)) < len(self):
+            stop = self._next(bit, False)
+            yield bit * self.granularity, min(stop * self.granularity, self.size) - bit * self.granularity
+            bit = stop
+
+    def numpy(self) -> NDArray[np.uint8]:
+        """The map's bytes as a read-only array that shares its memory (``np.unpackbits(a, bitorder="little")``)."""
+        return np.frombuffer(self, dtype=np.uint8)
+
+    def bitarray(self) -> _bitarray.bitarray:
+        """The map as a read-only little-endian bitarray that shares its memory; whole bytes, so up to 7 bits longer."""
+        return _bitarray.bitarray(buffer=self, endian="little")
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ConfigError(f"offset {offset} length {length} is outside the bitmap's {self.size} bytes")
+
+
+class Bitmaps(Mapping[str, DirtyBitmap]):
+    """A disk's bitmaps by name."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._by_name: dict[str, DirtyBitmap] = {}
+
+    def __getitem__(self, name: str) -> DirtyBitmap:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._by_name))
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def add(self, name: str, *, granularity: int = 65536, enabled: bool = True) -> DirtyBitmap:
+        """Make a bitmap (QMP block-dirty-bitmap-add). ConfigError for a name in use, or a granularity that is no power of
+        two from 512 to 2**31 bytes."""
+        with self._disk._admin:
+            self._disk._check_open()
+            if check_name(name) in self._by_name:
+                raise ConfigError(f"disk {self._disk.path} has a bitmap {name!r} already")
+            bitmap = DirtyBitmap(self._disk.size, granularity, name=name)
+            bitmap._disk = self._disk
+            if enabled:
+                bitmap.enable()
+            self._by_name[name] = bitmap
+            return bitmap
+
+    def remove(self, name: str) -> None:
+        """Stop and forget a bitmap (QMP block-dirty-bitmap-remove). KeyError where there is none of that name."""
+        with self._disk._admin:
+            bitmap = self._by_name[name]
+            bitmap.disable()
+            bitmap._disk = None
+            del self._by_name[name]
+
+
+def as_scope(bitmap: object, size: int, cluster_size: int) -> DirtyBitmap:
+    """A snapshot's scope from a DirtyBitmap of the same size, or from a bitarray or NumPy bool array with one bit per
+    cluster. ConfigError."""
+    if isinstance(bitmap, DirtyBitmap):
+        if bitmap.size != size:
+            raise ConfigError(f"scope bitmap {bitmap.name!r} is of {bitmap.size} bytes, the disk of {size}")
+        return bitmap
+    if isinstance(bitmap, _bitarray.bitarray):
+        bits = np.frombuffer(bitmap.unpack(), dtype=np.bool_)
+    elif isinstance(bitmap, np.ndarray) and bitmap.dtype == np.bool_ and bitmap.ndim == 1:
+        bits = bitmap
+    else:
+        raise ConfigError(f"a scope is a DirtyBitmap, a bitarray or a 1-D NumPy bool array, not {type(bitmap).__name__}")
+    clusters = -(-size // cluster_size)
+    if len(bits) != clusters:
+        raise ConfigError(f"the scope has {len(bits)} bits, the disk {clusters} clusters of {cluster_size} bytes")
+    scope = DirtyBitmap(size, cluster_size)
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], bits, [False]))))
+    for first, end in edges.reshape(-1, 2).tolist():
+        scope._put(first, end, True)
+    return scope

@@ -1,0 +1,138 @@
+"""The disk: the guest's requests, and the snapshots and bitmaps on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+from cbwcore._cbwcore import DiskCore
+from cbwcore.bitmaps import Bitmaps, DirtyBitmap
+from cbwcore.errors import ConfigError
+from cbwcore.extents import Extent, check_range, walk
+from cbwcore.files import open_disk
+from cbwcore.policy import OnCbwError
+from cbwcore.snapshot import Snapshot, snapshot_group
+from cbwcore.stats import DiskStats
+
+__all__ = ["Disk", "choose_engine"]
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("auto", "psync", "io_uring")
+
+
+def choose_engine(io: str) -> tuple[str, str]:
+    """The I/O engine for ``io``, and why; ConfigError."""
+    if io not in ENGINES:
+        raise ConfigError(f"io {io!r} is not one of {', '.join(ENGINES)}")
+    if io == "io_uring":
+        raise ConfigError("io 'io_uring' is not in this build; psync is")
+    return "psync", "psync is the one engine of this build" if io == "auto" else "psync was asked for"
+
+
+class Disk(DiskCore):
+    """A disk in use by its guest: a file or block device. Thread-safe, a context manager, the GIL released in all I/O.
+
+    ``direct``: O_DIRECT; any offset, length and memory still work (R13). ``io``: "auto", "psync" or "io_uring".
+    The disk is locked: for this object alone, or, where ``read_only``, against writers. OSError, ConfigError.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, direct: bool = False, io: str = "auto", read_only: bool = False
+    ) -> None:
+        self.direct = direct
+        self.read_only = read_only
+        self.io = choose_engine(io)[0]
+        self._admin = threading.RLock()  # guards _snapshots and the bitmaps' lists; taken before any lock of the core
+        self._snapshots: dict[Snapshot, None] = {}
+        self._file = open_disk(path, direct=direct, read_only=read_only)
+        self._attach(os.fspath(path), *self._file, read_only)
+        self.bitmaps = Bitmaps(self)
+
+    def __repr__(self) -> str:
+        return f"<Disk {self.path} {'closed' if self.closed else f'{self.size} bytes'}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The snapshots that are not closed, oldest first."""
+        return tuple(self._snapshots)
+
+    def snapshot(
+        self,
+        target: str | os.PathLike[str] | None = None,
+        *,
+        name: str | None = None,
+        bitmap: Any = None,
+        on_cbw_error: str = OnCbwError.BREAK_GUEST_WRITE,
+        cbw_timeout: float = 0.0,
+        cluster_size: int = 65536,
+        target_limit: int | None = None,
+        on_break: Callable[[Snapshot], object] | None = None,
+    ) -> Snapshot:
+        """Take a snapshot: T0 is a moment during this call, and guest writes pause for it only until those in flight are done.
+
+        ``target``: a file or block device for the old data, at least as large as the disk; created sparse if it does not
+        exist; None for an unnamed file beside the disk. ``bitmap``: the scope, a `DirtyBitmap`, the name of one of
+        ``disk.bitmaps``, or a bitarray or NumPy bool array with a bit per cluster. ``cbw_timeout``: seconds, 0 for none.
+        ``cluster_size``, ``target_limit``: bytes. ``on_break(snapshot)`` is called once after a break, in the thread of
+        the guest write that met it. ConfigError: something was refused, and nothing was opened, created or changed."""
+        return snapshot_group(
+            [(self, target)],
+            name=name,
+            bitmap=bitmap,
+            on_cbw_error=on_cbw_error,
+            cbw_timeout=cbw_timeout,
+            cluster_size=cluster_size,
+            target_limit=target_limit,
+            on_break=on_break,
+        )[0]
+
+    def block_status(
+        self, offset: int = 0, length: int | None = None, *, bitmap: DirtyBitmap | None = None
+    ) -> Iterator[Extent]:
+        """The extents of a range (bytes; default all) as the file system tells of them, lazily; with ``bitmap``, split by its
+        bits. ConfigError, OSError, ValueError after close."""
+        end = check_range(offset, length, self.size)
+        return walk(self._extent_at, offset, end, bitmap)
+
+    def _extent_at(self, offset: int, end: int) -> Extent:
+        stop, hole = self._extent(offset, end)
+        return Extent(offset, stop - offset, not hole, hole)
+
+    def stats(self) -> DiskStats:
+        """What the guest did since the disk was opened."""
+        writes, written, reads, read = self._counters()
+        return DiskStats(
+            guest_writes=writes,
+            guest_write_bytes=written,
+            guest_reads=reads,
+            guest_read_bytes=read,
+            snapshots=len(self._snapshots),
+        )
+
+    def close(self) -> None:
+        """Close the snapshots, let requests under way finish, close the disk. It does not flush. Again does nothing."""
+        with self._admin:
+            for snapshot in self.snapshots:
+                snapshot.close()
+            for name in self.bitmaps:
+                self.bitmaps[name].disable()
+            self._close()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError(f"disk {self.path} is closed")
+
+    def _report_breaks(self) -> None:
+        """Called by the core after a guest write that met a break."""
+        for snapshot in self.snapshots:
+            snapshot._tell_break()
