@@ -7,10 +7,9 @@ Each class here owns one C structure and is completed by the Python class of the
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EACCES, EINTR, EIO, ENOMEM
+from libc.errno cimport EACCES, EIO
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
 
 from cbwcore._sys cimport (
     CBW_SLOTS, add_seq_cst, exchange_seq_cst, load_relaxed, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock,
@@ -28,8 +27,7 @@ from cbwcore._faults cimport (
     plan_release,
 )
 from cbwcore._snapshot cimport (
-    ARMED, BREAK_GUEST_WRITE, BREAK_SNAPSHOT, BROKEN, E_ACCESS, E_BROKEN, E_CLOSED, HISTOGRAM, SOURCE_READ,
-    STATUS_ACCESS, STATUS_ZERO, TARGET_WRITE, TIMEOUT, cbw_stats, failure, snapshot, snapshot_destroy,
+    E_ACCESS, E_BROKEN, E_CLOSED, HISTOGRAM, STATUS_ACCESS, STATUS_ZERO, cbw_stats, failure, snapshot, snapshot_destroy,
     snapshot_discard, snapshot_init, snapshot_read, snapshot_set_timeout, snapshot_status, wake,
 )
 from cbwcore._engine cimport (
@@ -46,6 +44,7 @@ from cbwcore.errors import ConfigError, CopyBeforeWriteError, SnapshotAccessErro
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object o, int *overflow) except? -1
 
+# Names by the numbers of the enums in _snapshot.pxd.
 OPERATIONS = ("source-read", "target-write", "timeout")
 POLICIES = ("break-guest-write", "break-snapshot")
 STATES = ("armed", "broken", "closed")
@@ -436,16 +435,16 @@ cdef class SnapshotCore:
     cdef readonly object size
     cdef readonly object cluster_size
 
-    def __cinit__(self, DiskCore disk not None, int shift, bint scoped, *args, **kwargs):
+    def __cinit__(self, DiskCore owner not None, int shift, bint scoped, *args, **kwargs):
         self.generation = fork_generation
         self.s = <snapshot *>calloc(1, sizeof(snapshot))
-        if self.s == NULL or snapshot_init(self.s, &disk.d.io, &POOL, &disk.d.clock_skew, disk.size, shift, scoped) < 0 \
+        if self.s == NULL or snapshot_init(self.s, &owner.d.io, &POOL, &owner.d.clock_skew, owner.size, shift, scoped) < 0 \
                 or blk_init(&self.s.target) < 0:
             raise MemoryError("no memory for a snapshot's maps")
-        self._disk = disk
-        self.d = disk.d
+        self._disk = owner
+        self.d = owner.d
         add_seq_cst(&self.d.refs, 1)
-        self.size = disk.size
+        self.size = owner.size
         self.cluster_size = 1 << shift
 
     def __dealloc__(self):

@@ -28,7 +28,7 @@ from cbwcore._blockio cimport (
     blk_write_zeroes,
 )
 from cbwcore._copy cimport old_data_put
-from cbwcore._snapshot cimport E_CLOSED, cbw_pass, failure, snapshot, snapshot_needs, snapshot_preserve, \
+from cbwcore._snapshot cimport E_CLOSED, cbw_pass, failure, note_wait, snapshot, snapshot_needs, snapshot_preserve, \
     snapshot_quiesce, snapshot_revoke, wake
 
 cdef enum:
@@ -297,9 +297,12 @@ cdef inline void pin(snapshot *s) noexcept nogil:
     pthread_mutex_unlock(&s.lock)
 
 
-cdef inline void unpin(disk *d, snapshot *s) noexcept nogil:
+cdef inline void unpin(disk *d, snapshot *s, int64_t held_up) noexcept nogil:
+    """`held_up`: ns that the guest write spent here."""
     pthread_mutex_lock(&s.lock)
     s.users -= 1
+    if held_up:
+        note_wait(&s.stats, held_up)
     if s.break_unreported:
         s.break_unreported = False
         add_seq_cst(&d.breaks, 1)
@@ -307,15 +310,13 @@ cdef inline void unpin(disk *d, snapshot *s) noexcept nogil:
     pthread_mutex_unlock(&s.lock)
 
 
-cdef inline int preserve(snapshot **snaps, uint64_t nsnaps, uint64_t off, uint64_t n, uint64_t size,
+cdef inline int preserve(snapshot **snaps, uint64_t nsnaps, uint64_t off, uint64_t n, uint64_t size, int64_t *spent,
                          failure *why) noexcept nogil:
     """Take a guest write past the snapshots, one window of at most a copy run after the other, so that each window's
-    old data is read once for all of them (R15). Each snapshot's timeout counts its own waiting only."""
-    cdef int64_t spent[64]
+    old data is read once for all of them (R15). Each snapshot's timeout counts its own waiting only: `spent`, in ns."""
     cdef uint64_t window = 1, unit = 1, end = off + n, stop, i
     cdef cbw_pass p
     cdef int rc = 0
-    memset(spent, 0, sizeof(spent))
     memset(&p, 0, sizeof(p))
     for i in range(nsnaps):
         unit = most(unit, <uint64_t>1 << snaps[i].shift)
@@ -340,15 +341,17 @@ cdef inline int preserve(snapshot **snaps, uint64_t nsnaps, uint64_t off, uint64
 cdef inline int pass_snapshots(disk *d, slot *own, uint64_t off, uint64_t n, failure *why) noexcept nogil:
     """Leave flight, preserve what the snapshots of now need. The snapshots are pinned before flight is left."""
     cdef snapshot *pinned[64]
+    cdef int64_t spent[64]
     cdef uint64_t count = d.nsnaps, i
     cdef int rc
     for i in range(count):
         pinned[i] = d.snaps[i]
+        spent[i] = 0
         pin(pinned[i])
     leave_write(d, own)
-    rc = preserve(pinned, count, off, n, d.io.size, why)
+    rc = preserve(pinned, count, off, n, d.io.size, spent, why)
     for i in range(count):
-        unpin(d, pinned[i])
+        unpin(d, pinned[i], spent[i])
     return rc
 
 

@@ -446,7 +446,6 @@ cdef inline int snapshot_preserve(snapshot *s, uint64_t off, uint64_t n, int64_t
         snapshot_break(s, &p.why)
         rc = 0
     spent[0] += now(s) - started
-    note_wait(&s.stats, now(s) - started)
     pthread_mutex_unlock(&s.lock)
     return rc
 

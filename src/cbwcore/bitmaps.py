@@ -1,4 +1,7 @@
-"""Dirty bitmaps in memory: which parts of a disk its guest has written. Names follow QEMU's block-dirty-bitmap commands."""
+"""Dirty bitmaps in memory: which parts of a disk its guest has written.
+
+Names follow QEMU's block-dirty-bitmap commands.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,9 @@ class DirtyBitmap(BitmapCore):
 
     def __repr__(self) -> str:
         state = "recording" if self.enabled else "disabled"
-        return f"<DirtyBitmap {self.name!r} {self.count()} of {self.size} bytes, granularity {self.granularity}, {state}>"
+        return (
+            f"<DirtyBitmap {self.name!r} {self.count()} of {self.size} bytes, granularity {self.granularity}, {state}>"
+        )
 
     @property
     def enabled(self) -> bool:
@@ -115,7 +120,7 @@ class DirtyBitmap(BitmapCore):
 
     def numpy(self) -> NDArray[np.uint8]:
         """The map's bytes as a read-only array that shares its memory (``np.unpackbits(a, bitorder="little")``)."""
-        return np.frombuffer(self, dtype=np.uint8)
+        return np.frombuffer(memoryview(self), dtype=np.uint8)
 
     def bitarray(self) -> _bitarray.bitarray:
         """The map as a read-only little-endian bitarray that shares its memory; whole bytes, so up to 7 bits longer."""
@@ -143,8 +148,9 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
         return len(self._by_name)
 
     def add(self, name: str, *, granularity: int = 65536, enabled: bool = True) -> DirtyBitmap:
-        """Make a bitmap (QMP block-dirty-bitmap-add). ConfigError for a name in use, or a granularity that is no power of
-        two from 512 to 2**31 bytes."""
+        """Make a bitmap (QMP block-dirty-bitmap-add).
+
+        ConfigError for a name in use, or a granularity that is no power of two from 512 to 2**31 bytes."""
         with self._disk._admin:
             self._disk._check_open()
             if check_name(name) in self._by_name:
@@ -177,7 +183,9 @@ def as_scope(bitmap: object, size: int, cluster_size: int) -> DirtyBitmap:
     elif isinstance(bitmap, np.ndarray) and bitmap.dtype == np.bool_ and bitmap.ndim == 1:
         bits = bitmap
     else:
-        raise ConfigError(f"a scope is a DirtyBitmap, a bitarray or a 1-D NumPy bool array, not {type(bitmap).__name__}")
+        raise ConfigError(
+            f"a scope is a DirtyBitmap, a bitarray or a 1-D NumPy bool array, not {type(bitmap).__name__}"
+        )
     clusters = -(-size // cluster_size)
     if len(bits) != clusters:
         raise ConfigError(f"the scope has {len(bits)} bits, the disk {clusters} clusters of {cluster_size} bytes")

@@ -78,13 +78,15 @@ class Disk(DiskCore):
         target_limit: int | None = None,
         on_break: Callable[[Snapshot], object] | None = None,
     ) -> Snapshot:
-        """Take a snapshot: T0 is a moment during this call, and guest writes pause for it only until those in flight are done.
+        """Take a snapshot. T0 is a moment during this call; guest writes pause until those in flight are done (R10).
 
-        ``target``: a file or block device for the old data, at least as large as the disk; created sparse if it does not
-        exist; None for an unnamed file beside the disk. ``bitmap``: the scope, a `DirtyBitmap`, the name of one of
-        ``disk.bitmaps``, or a bitarray or NumPy bool array with a bit per cluster. ``cbw_timeout``: seconds, 0 for none.
-        ``cluster_size``, ``target_limit``: bytes. ``on_break(snapshot)`` is called once after a break, in the thread of
-        the guest write that met it. ConfigError: something was refused, and nothing was opened, created or changed."""
+        ``target``: a file or block device for the old data, at least as large as the disk; created sparse if it does
+        not exist; None for an unnamed file beside the disk. ``bitmap``: the scope, a `DirtyBitmap`, the name of one of
+        ``disk.bitmaps``, or a bitarray or NumPy bool array with a bit per cluster. ``cbw_timeout``: seconds, 0 for
+        none. ``cluster_size``, ``target_limit``: bytes. ``on_break(snapshot)`` is called once after a break, in the
+        thread of the guest write that met it, when that write is done.
+
+        ConfigError: something was refused, and nothing was opened, created or changed."""
         return snapshot_group(
             [(self, target)],
             name=name,
@@ -99,8 +101,9 @@ class Disk(DiskCore):
     def block_status(
         self, offset: int = 0, length: int | None = None, *, bitmap: DirtyBitmap | None = None
     ) -> Iterator[Extent]:
-        """The extents of a range (bytes; default all) as the file system tells of them, lazily; with ``bitmap``, split by its
-        bits. ConfigError, OSError, ValueError after close."""
+        """The extents of a range (bytes; default all) as the file system tells of them, lazily.
+
+        With ``bitmap``, split by its bits. ConfigError, OSError, ValueError after close."""
         end = check_range(offset, length, self.size)
         return walk(self._extent_at, offset, end, bitmap)
 

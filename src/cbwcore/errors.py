@@ -38,9 +38,9 @@ class CopyBeforeWriteError(CbwError, OSError):
     Raised to the guest under break-guest-write: the disk is unchanged, the snapshot as valid as before, and the next
     write to the same place tries again (R9). Under break-snapshot it is the snapshot's ``error``.
 
-    ``errno`` is the cause's (ETIMEDOUT for ``cbw_timeout``), ``offset`` and ``length`` (bytes) the run that could not be
-    copied or was waited for, ``operation`` one of "source-read", "target-write", "timeout", and ``time`` seconds since
-    the epoch of a snapshot's break, else None.
+    ``errno`` is the cause's (ETIMEDOUT for ``cbw_timeout``), ``offset`` and ``length`` (bytes) the run that could not
+    be copied or was waited for, ``operation`` one of "source-read", "target-write", "timeout", and ``time`` the moment
+    of a snapshot's break in seconds since the epoch, else None.
     """
 
     def __init__(self, errno: int, text: str, operation: str, offset: int, length: int) -> None:

@@ -8,9 +8,9 @@ broken     go straight to the disk                 SnapshotBrokenError, for good
 closed     go straight to the disk                 ValueError
 =========  ======================================  ==========================================
 
-armed → broken: a copy failed or timed out under break-snapshot. armed, broken → closed: close(). Nothing leads back.
-The core makes the first step at once, in the guest's thread and without the GIL (R7); what is here keeps the first cause
-and tells of it.
+armed → broken: a copy failed or timed out under break-snapshot. armed, broken → closed: close(). Nothing leads
+back. The core makes the first step at once, in the guest's thread and without the GIL (R7); what is here keeps the
+first cause and tells of it.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ class SnapshotState(StrEnum):
     CLOSED = "closed"
 
 
-def tell_break(
-    snapshot: Snapshot, cause: CopyBeforeWriteError, on_break: Callable[[Snapshot], object] | None
-) -> None:
+def tell_break(snapshot: Snapshot, cause: CopyBeforeWriteError, on_break: Callable[[Snapshot], object] | None) -> None:
     """Log a break and call its callback; whatever the callback raises is logged and stays with it."""
     logger.error("snapshot %s of %s is broken: %s", snapshot.name, snapshot.disk.path, cause)
     if on_break is None:

@@ -11,7 +11,7 @@ from cbwcore._cbwcore import POLICIES, STATES, SnapshotCore, arm_snapshots
 from cbwcore.bitmaps import DirtyBitmap, as_scope
 from cbwcore.errors import ConfigError, CopyBeforeWriteError
 from cbwcore.extents import Extent, check_range, walk
-from cbwcore.files import create_target, open_target
+from cbwcore.files import BlockFile, create_target, open_target
 from cbwcore.limits import limits
 from cbwcore.options import BitmapRef, SnapshotOptions, check_cluster_size, check_policy, timeout_ns
 from cbwcore.policy import OnCbwError, SnapshotState, tell_break
@@ -58,7 +58,7 @@ class Snapshot(SnapshotCore):
 
     @property
     def error(self) -> CopyBeforeWriteError | None:
-        """The first cause of the break, with errno, operation, offset, length (bytes) and time; None while there is none."""
+        """The first cause of the break: errno, operation, offset, length (bytes), time; None while there is none."""
         if self._error is None:
             self._error = self._cause()
         return self._error
@@ -76,8 +76,9 @@ class Snapshot(SnapshotCore):
 
     @property
     def cbw_timeout(self) -> float:
-        """Seconds that one guest write may wait here in all (R8), 0 for no limit; may be set while armed, and holds for the
-        guest writes that come."""
+        """Seconds that one guest write may wait here in all (R8), 0 for no limit.
+
+        May be set while armed, and holds for the guest writes that come."""
         return self._cbw_timeout
 
     @cbw_timeout.setter
@@ -93,8 +94,10 @@ class Snapshot(SnapshotCore):
     def block_status(
         self, offset: int = 0, length: int | None = None, *, bitmap: DirtyBitmap | None = None
     ) -> Iterator[Extent]:
-        """The extents of a range (bytes; default all) as at T0, lazily: what is called zero reads as zeroes, whatever the
-        guest does meanwhile (R20). With ``bitmap``, split by its bits. Raises as `pread`, but not outside the scope."""
+        """The extents of a range (bytes; default all) as at T0, lazily.
+
+        What is called zero reads as zeroes, whatever the guest does meanwhile (R20). With ``bitmap``, split by its
+        bits. Raises as `pread`, but not outside the scope: such an extent has ``access`` False."""
         end = check_range(offset, length, self.size)
         return walk(self._extent_at, offset, end, bitmap)
 
@@ -107,8 +110,10 @@ class Snapshot(SnapshotCore):
         return SnapshotStats(**self._counters())
 
     def close(self) -> None:
-        """End the snapshot: guest writes that wait for it go on, copies under way are waited for (R8), the target is
-        closed; it stays where it is if it has a name. Again does nothing. OSError where the target's close reports one."""
+        """End the snapshot; again does nothing.
+
+        Guest writes that wait for it go on, copies under way are waited for (R8), the target is closed, and stays
+        where it is if it has a name. OSError where the target's close reports one."""
         self._error = self.error
         with self.disk._admin:
             self.disk._snapshots.pop(self, None)
@@ -123,7 +128,7 @@ class Snapshot(SnapshotCore):
         tell_break(self, cause, self._on_break)
 
 
-def _open_target(disk: Disk, path: str | os.PathLike[str] | None) -> tuple[Any, bool]:
+def _open_target(disk: Disk, path: str | os.PathLike[str] | None) -> tuple[BlockFile, bool]:
     """The target, and whether it is new, so that it reads as zeroes."""
     if path is not None and os.path.exists(path):
         return open_target(path, disk._file, direct=disk.direct), False

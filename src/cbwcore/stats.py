@@ -39,7 +39,7 @@ class SnapshotStats(msgspec.Struct, frozen=True, kw_only=True):
     wait_seconds: float
     longest_wait: float
     wait_histogram: tuple[tuple[float, int], ...]
-    """(upper bound in seconds, guest writes held up for less than it and no less than half of it), where there are any."""
+    """(upper bound in seconds, guest writes held up for less than that, down to half of it), where there are any."""
     copy_waits: int
     """Times that a guest write waited for the copy of another."""
     frozen_waits: int
