@@ -114,7 +114,8 @@ cdef object os_error(int64_t rc, object path):
 
 
 def dio_alignment(int fd):
-    """(memory, offset) alignment in bytes that O_DIRECT needs on ``fd``, from statx STATX_DIOALIGN; None if unknown."""
+    """(memory, offset) alignment in bytes that O_DIRECT needs on ``fd``, from statx STATX_DIOALIGN: offset 0 where the file
+    has no O_DIRECT, None where the kernel cannot tell."""
     cdef uint32_t mem = 0, offset = 0
     if c_dio_alignment(fd, &mem, &offset) < 0:
         return None

@@ -4,6 +4,8 @@ A guest goes on writing its disk; before a cluster is overwritten its old data i
 readable as the disk was at T0.
 """
 
+import logging
+
 from cbwcore.bitmaps import DirtyBitmap
 from cbwcore.disk import Disk
 from cbwcore.errors import (
@@ -41,3 +43,5 @@ __all__ = [
     "snapshot_group",
 ]
 __version__ = "0.1.0"
+
+logging.getLogger("cbwcore").addHandler(logging.NullHandler())  # what is logged, and where, is the application's choice

@@ -169,7 +169,8 @@ cdef extern from * nogil:
     static inline int sync_once(int fd) { return fdatasync(fd) ? -errno : 0; }
     static inline int close_once(int fd) { return close(fd) ? -errno : 0; }
 
-    /* statx STATX_DIOALIGN by its kernel ABI offsets, so that old headers build too: 0, or -errno when unknown. */
+    /* statx STATX_DIOALIGN by its kernel ABI offsets, so that old headers build too: 0, or -errno when
+       the kernel cannot tell. An offset alignment of 0 means that the file has no O_DIRECT. */
     static int dio_alignment(int fd, uint32_t *mem, uint32_t *offset) {
         unsigned char raw[256] = { 0 };
         uint32_t mask;
@@ -178,7 +179,7 @@ cdef extern from * nogil:
         memcpy(&mask, raw, 4);
         memcpy(mem, raw + 152, 4);
         memcpy(offset, raw + 156, 4);
-        return (mask & 0x2000u) && *offset ? 0 : -EOPNOTSUPP;
+        return mask & 0x2000u ? 0 : -EOPNOTSUPP;
     }
 
     static const char zero_block[65536] __attribute__((aligned(4096)));

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 BLKSSZGET = 0x1268  # <linux/fs.h>: the logical block size
 PAGE = 4096
+OPEN_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK  # or a FIFO, which check_kind() refuses, would block the open for ever
 Path = str | os.PathLike[str]
 
 
@@ -49,9 +50,13 @@ def logical_block_size(fd: int) -> int:
 
 
 def direct_alignment(fd: int, is_device: bool) -> tuple[int, int]:
-    """(memory, offset) alignment in bytes for O_DIRECT (R13): from statx, else the logical block size, else a page."""
+    """(memory, offset) alignment in bytes for O_DIRECT (R13): from statx, else the logical block size, else a page.
+
+    OSError EINVAL where the file has no O_DIRECT, as open would say."""
     known = dio_alignment(fd)
     if known is not None:
+        if known[1] == 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return max(known[0], 1), known[1]
     unit = logical_block_size(fd) if is_device else PAGE
     return unit, unit
@@ -109,26 +114,25 @@ def describe(fd: int, direct: bool) -> BlockFile:
 
 def open_disk(path: Path, *, direct: bool, read_only: bool) -> BlockFile:
     """Open and lock a disk: alone, or with other readers where ``read_only``. OSError; ConfigError if it is in use."""
-    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+    name = os.fspath(path)
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | OPEN_FLAGS | (os.O_DIRECT if direct else 0)
     try:
-        fd = os.open(path, flags)
+        with closed_on_error(os.open(path, flags)) as fd:
+            check_kind(fd, path)
+            if not lock(fd, exclusive=not read_only):
+                raise ConfigError(f"{name} is in use: another process or Disk has it locked")
+            return describe(fd, direct)
     except OSError as e:
         if direct and e.errno == errno.EINVAL:
-            name = os.fspath(path)
             raise ConfigError(f"{name}: its file system has no O_DIRECT; open it with direct=False") from None
         raise
-    with closed_on_error(fd):
-        check_kind(fd, path)
-        if not lock(fd, exclusive=not read_only):
-            raise ConfigError(f"{os.fspath(path)} is in use: another process or Disk has it locked")
-        return describe(fd, direct)
 
 
 def open_target(path: Path, disk: BlockFile, *, direct: bool) -> BlockFile:
     """Open, check and lock an existing target for one snapshot alone; ConfigError says what is wrong with it."""
     name = os.fspath(path)
     try:
-        with closed_on_error(os.open(path, os.O_RDWR | os.O_CLOEXEC)) as fd:
+        with closed_on_error(os.open(path, os.O_RDWR | OPEN_FLAGS)) as fd:
             check_kind(fd, path)
             size = os.lseek(fd, 0, os.SEEK_END)
             if same_file(fd, disk.fd):
@@ -144,7 +148,7 @@ def open_target(path: Path, disk: BlockFile, *, direct: bool) -> BlockFile:
 
 def create_target(path: Path | None, disk: BlockFile, disk_path: Path, *, direct: bool) -> BlockFile:
     """A new sparse target as large as the disk, locked: ``path``, or an unnamed file beside the disk. ConfigError."""
-    flags = os.O_RDWR | os.O_CLOEXEC
+    flags = os.O_RDWR | OPEN_FLAGS
     if path is None and disk.is_device:
         raise ConfigError(f"{os.fspath(disk_path)} is a block device: name a target, there is no place beside it")
     with contextlib.ExitStack() as undo:
@@ -170,6 +174,7 @@ def create_target(path: Path | None, disk: BlockFile, disk_path: Path, *, direct
 def set_direct(fd: int, name: str) -> bool:
     """Switch an open target to O_DIRECT; False, and a line in the log, where its file system has none."""
     try:
+        direct_alignment(fd, stat.S_ISBLK(os.fstat(fd).st_mode))
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
     except OSError as e:
         logger.warning("%s: no O_DIRECT (%s), its writes are buffered", name, e.strerror)

@@ -49,7 +49,7 @@ class SnapshotState(StrEnum):
 
 def tell_break(snapshot: Snapshot, cause: CopyBeforeWriteError, on_break: Callable[[Snapshot], object] | None) -> None:
     """Log a break and call its callback; whatever the callback raises is logged and stays with it."""
-    logger.error("snapshot %s of %s is broken: %s", snapshot.name, snapshot.disk.path, cause)
+    logger.error("%s: snapshot %r is broken: %s", snapshot.disk.path, snapshot.name, cause)
     if on_break is None:
         return
     try:
