@@ -9,7 +9,8 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyB
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EACCES, EIO
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
 
 from cbwcore._sys cimport (
     CBW_SLOTS, add_seq_cst, exchange_seq_cst, load_relaxed, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock,
@@ -17,21 +18,21 @@ from cbwcore._sys cimport (
 from cbwcore._sys cimport dio_alignment as c_dio_alignment
 from cbwcore._geometry cimport least, outer_end
 from cbwcore._bitmap cimport bitmap, bitmap_count, bitmap_free, bitmap_init, bitmap_next, bitmap_put, bitmap_reset
-from cbwcore._buffers cimport bufpool, bufpool_init, bufpool_set_limit
+from cbwcore._buffers cimport bufpool, bufpool_init, bufpool_reserve, bufpool_set_limit
 from cbwcore._blockio cimport (
     blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pwrite, psync_seek, psync_zero,
 )
 from cbwcore._faults cimport (
     ACT_DELAY, ACT_ERROR, ACT_SHORT, ACT_STALL, LOG_LENGTH, MAX_RULES, OP_DISCARD, OP_FLUSH, OP_READ, OP_SEEK, OP_WRITE,
-    OP_ZERO, fault_plan, faulty_discard, faulty_flush, faulty_pread, faulty_pwrite, faulty_seek, faulty_zero, plan_init,
-    plan_release,
+    OP_ZERO, fault_call, fault_plan, fault_rule, faulty_discard, faulty_flush, faulty_pread, faulty_pwrite, faulty_seek,
+    faulty_zero, plan_init, plan_release,
 )
 from cbwcore._snapshot cimport (
-    E_ACCESS, E_BROKEN, E_CLOSED, HISTOGRAM, STATUS_ACCESS, STATUS_ZERO, cbw_stats, failure, snapshot, snapshot_destroy,
-    snapshot_discard, snapshot_init, snapshot_read, snapshot_set_timeout, snapshot_status, wake,
+    E_ACCESS, E_BROKEN, E_CLOSED, HISTOGRAM, STATUS_ACCESS, STATUS_ZERO, cbw_stats, failure, snapshot, snapshot_discard,
+    snapshot_init, snapshot_put, snapshot_read, snapshot_release, snapshot_set_timeout, snapshot_status, wake,
 )
 from cbwcore._engine cimport (
-    GUEST_DISCARD, GUEST_WRITE, GUEST_WRITE_ZEROES, MAX_SINKS, arm, attach_sink, detach_sink, disarm, disk, disk_close,
+    GUEST_DISCARD, GUEST_WRITE, GUEST_WRITE_ZEROES, MAX_SINKS, add_sink, arm, drop_sink, disarm, disk, disk_close,
     disk_init, disk_put, gate_open, gate_shut, guest_flush, guest_read, guest_status, guest_write,
 )
 from cbwcore._engine cimport MAX_SNAPSHOTS as C_MAX_SNAPSHOTS
@@ -67,7 +68,7 @@ FAULTY.flush = faulty_flush
 FAULTY.seek = faulty_seek
 
 cdef bufpool POOL
-if bufpool_init(&POOL, 128 << 20) < 0:
+if bufpool_init(&POOL, 128 << 20, 16 << 20) < 0:
     raise MemoryError("cannot set up the copy buffers")
 
 cdef uint64_t fork_generation = 0      # a forked child has none of the threads and half of the locks: it may use nothing
@@ -76,6 +77,7 @@ cdef uint64_t fork_generation = 0      # a forked child has none of the threads 
 def _after_fork_in_child():
     global fork_generation
     fork_generation += 1
+    bufpool_init(&POOL, POOL.limit, POOL.keep)      # its lock, and what it counts, were the parent's
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -125,13 +127,17 @@ def dio_alignment(int fd):
 def set_copy_budget(limit):
     """Bytes that copy and bounce buffers of the process may take (R17)."""
     cdef uint64_t n = as_bytes(limit, "copy buffer budget")
-    with nogil:
-        bufpool_set_limit(&POOL, n)
+    if bufpool_set_limit(&POOL, n) < 0:
+        raise ConfigError(f"copy buffer budget {limit} is less than the {POOL.reserved} bytes reserved by snapshots")
 
 
 def copy_buffers():
-    """(limit, used, kept) bytes of the copy buffer budget: used counts those at rest, which are kept."""
-    return POOL.limit, POOL.used, POOL.kept
+    """(limit, used, kept, reserved) bytes of the copy buffer budget: used counts those at rest, which are kept;
+    reserved is what the snapshots have set aside for themselves."""
+    pthread_mutex_lock(&POOL.lock)
+    figures = (POOL.limit, POOL.used + POOL.reserve_used, POOL.kept, POOL.reserved)
+    pthread_mutex_unlock(&POOL.lock)
+    return figures
 
 
 # ---- bitmaps ----
@@ -173,6 +179,14 @@ cdef class BitmapCore:
             bit = bitmap_next(&self.map, start, self.map.nbits, value)
         return bit
 
+    def _run(self, uint64_t start):
+        """(first, end) of the first run of set bits from ``start`` on; both the number of bits where there is none."""
+        cdef uint64_t first, end
+        with nogil:
+            first = bitmap_next(&self.map, start, self.map.nbits, True)
+            end = bitmap_next(&self.map, first, self.map.nbits, False)
+        return first, end
+
     def _count(self):
         cdef uint64_t n
         with nogil:
@@ -188,6 +202,8 @@ cdef class BitmapCore:
     def _reset(self):
         cdef int rc
         cdef DiskCore recorded_by = self.recorded_by
+        if recorded_by is not None:
+            recorded_by.check_usable()
         with nogil:
             if recorded_by is not None:
                 gate_shut(recorded_by.d)
@@ -197,18 +213,29 @@ cdef class BitmapCore:
         if rc < 0:
             raise MemoryError("the bitmap could not be cleared")
 
+    @property
+    def enabled(self):
+        """Whether guest writes are recorded."""
+        return self.recorded_by is not None
+
     def _record(self, DiskCore recorder):
         """Let the guest writes of ``recorder`` (None: of no disk) set bits here, once those in flight are done."""
         cdef int rc = 0
         cdef DiskCore before = self.recorded_by
+        if (recorder or before) is not None:
+            (<DiskCore>(recorder or before)).check_usable()
         if recorder is not None and before is None:
             with nogil:
-                rc = attach_sink(recorder.d, &self.map, self.shift)
+                gate_shut(recorder.d)
+                rc = add_sink(recorder.d, &self.map, self.shift)
+                gate_open(recorder.d)
             if rc < 0:
                 raise ConfigError(f"a disk records at most {MAX_SINKS} bitmaps")
         elif recorder is None and before is not None:
             with nogil:
-                detach_sink(before.d, &self.map)
+                gate_shut(before.d)
+                drop_sink(before.d, &self.map)
+                gate_open(before.d)
         self.recorded_by = recorder
 
 
@@ -238,7 +265,7 @@ cdef class DiskCore:
 
     def __cinit__(self, *args, **kwargs):
         self.d = <disk *>calloc(1, sizeof(disk))
-        if self.d == NULL or disk_init(self.d, &POOL) < 0 or blk_init(&self.d.io) < 0:
+        if self.d == NULL or disk_init(self.d) < 0 or blk_init(&self.d.io) < 0:
             raise MemoryError("no memory for a disk")
         self.d.closed = 1
         self.generation = fork_generation
@@ -251,6 +278,11 @@ cdef class DiskCore:
         if self.generation != fork_generation:
             raise ValueError(f"disk {self.path} was opened before a fork and is not usable in the child")
         return 0
+
+    def _check_new(self):
+        """ValueError if this object has been a disk already: its snapshots and guests must not find another."""
+        if self.d.io.ops != NULL:
+            raise ValueError(f"this object is disk {self.path} already")
 
     def _attach(self, path, fd, tail_fd, size, direct_end, align, mem_align, zero_align, bint is_device, bint read_only):
         """Take over open descriptors; the disk is usable from here."""
@@ -270,8 +302,8 @@ cdef class DiskCore:
 
     @property
     def closed(self):
-        """Whether close() was called."""
-        return bool(load_relaxed(&self.d.closed))
+        """Whether close() was called, or this is the child of a fork."""
+        return bool(load_relaxed(&self.d.closed)) or self.generation != fork_generation
 
     cdef object failed(self, int64_t rc, const failure *why):
         if rc == E_CLOSED:
@@ -366,7 +398,7 @@ cdef class DiskCore:
             raise self.failed(rc, NULL)
 
     def _extent(self, uint64_t start, uint64_t end):
-        """(end, hole) of the extent at ``start``."""
+        """(end, hole) of the extent at ``start``, before ``end``."""
         cdef bint hole = False
         cdef int64_t rc
         self.check_usable()
@@ -437,10 +469,16 @@ cdef class SnapshotCore:
     cdef readonly object cluster_size
 
     def __cinit__(self, DiskCore owner not None, int shift, bint scoped, *args, **kwargs):
+        cdef int rc
+        owner.check_usable()
+        if load_relaxed(&owner.d.closed):
+            raise owner.failed(E_CLOSED, NULL)
         self.generation = fork_generation
         self.s = <snapshot *>calloc(1, sizeof(snapshot))
-        if self.s == NULL or snapshot_init(self.s, &owner.d.io, &POOL, &owner.d.clock_skew, owner.size, shift, scoped) < 0 \
-                or blk_init(&self.s.target) < 0:
+        if self.s == NULL:
+            raise MemoryError("no memory for a snapshot")
+        rc = snapshot_init(self.s, &owner.d.io, &POOL, &owner.d.clock_skew, owner.d.io.size, shift, scoped)
+        if rc < 0 or blk_init(&self.s.target) < 0:
             raise MemoryError("no memory for a snapshot's maps")
         self._disk = owner
         self.d = owner.d
@@ -465,13 +503,14 @@ cdef class SnapshotCore:
         with nogil:
             if linked:
                 disarm(d, s)
-            rc = snapshot_destroy(s)
-            free(s)
+            rc = snapshot_release(s)
+            snapshot_put(s)
         return rc
 
     def _attach(self, fd, tail_fd, size, direct_end, align, mem_align, zero_align, bint is_device, bint is_new,
                 int policy, int64_t timeout_ns, target_limit, uint64_t max_copies, uint64_t copy_run):
-        """Take over the target's open descriptors, and start a helper thread where there is a timeout."""
+        """Take over the target's open descriptors, set a copy's buffer aside, and start a helper thread where there is a
+        timeout."""
         cdef int rc
         self.s.target.ops = &PSYNC
         self.s.target.fd = fd
@@ -487,6 +526,8 @@ cdef class SnapshotCore:
         self.s.target_limit = target_limit
         self.s.max_copies = max_copies
         self.s.copy_run = copy_run
+        if bufpool_reserve(&POOL, &self.s.own, max(copy_run, <uint64_t>1 << self.s.shift)) < 0:
+            raise ConfigError(f"the copy buffers, {POOL.limit} bytes, are all set aside for other snapshots")
         rc = snapshot_set_timeout(self.s, timeout_ns)
         if rc < 0:
             raise os_error(rc, None)
@@ -498,9 +539,11 @@ cdef class SnapshotCore:
         if not recorded:
             return
         with nogil:
-            rc = attach_sink(self.d, &self.s.need, self.s.shift)
+            gate_shut(self.d)
+            rc = add_sink(self.d, &self.s.need, self.s.shift)
             if rc == 0:
-                rc = attach_sink(self.d, &self.s.access, self.s.shift)
+                rc = add_sink(self.d, &self.s.access, self.s.shift)
+            gate_open(self.d)
         if rc < 0:
             raise ConfigError(f"a disk records at most {MAX_SINKS} bitmaps")
 
@@ -527,17 +570,30 @@ cdef class SnapshotCore:
         wake(s)
         pthread_mutex_unlock(&s.lock)
 
-    cdef object failed(self, int64_t rc, uint64_t offset, uint64_t length):
+    cdef object failed(self, int64_t rc, uint64_t offset, uint64_t length, bint in_target):
         if rc == E_CLOSED:
             return ValueError("the snapshot is closed")
         if rc == E_ACCESS:
             return SnapshotAccessError(EACCES, f"offset {offset} length {length} is outside the snapshot's scope or discarded")
         if rc == E_BROKEN:
-            cause = self._cause()
+            cause = self.error
             error = SnapshotBrokenError(EACCES, f"the snapshot is broken: {cause}")
             error.__cause__ = cause
             return error
-        return os_error(rc, self._disk.path)
+        return os_error(rc, self._target_path() if in_target else self._disk.path)
+
+    def _target_path(self):
+        """Completed by the Python class."""
+
+    def _take_break(self):
+        """True for one caller after a break, False for all others."""
+        if self.s == NULL or self.generation != fork_generation:
+            return False
+        pthread_mutex_lock(&self.s.lock)
+        taken = self.s.break_unreported
+        self.s.break_unreported = False
+        pthread_mutex_unlock(&self.s.lock)
+        return bool(taken)
 
     def _state(self):
         """Index into STATES."""
@@ -547,7 +603,7 @@ cdef class SnapshotCore:
         """The first failure, as a CopyBeforeWriteError; None while there is none."""
         cdef failure why
         cdef bint broken
-        if self.s == NULL:
+        if self.s == NULL or self.generation != fork_generation:
             return None
         pthread_mutex_lock(&self.s.lock)
         broken = self.s.cause.error != 0
@@ -563,16 +619,17 @@ cdef class SnapshotCore:
         cdef long long n = as_bytes(length, "length"), off = as_bytes(offset, "offset")
         cdef snapshot *s
         cdef char *p
+        cdef bint in_target = False
         cdef int rc
         check_range(off, n, self._disk.d.io.size)
         data = PyBytes_FromStringAndSize(NULL, n)
         p = PyBytes_AS_STRING(data)
         s = self.open()
         with nogil:
-            rc = snapshot_read(s, p, n, off)
+            rc = snapshot_read(s, p, n, off, &in_target)
             self.done_with(s)
         if rc < 0:
-            raise self.failed(rc, off, n)
+            raise self.failed(rc, off, n, in_target)
         return data
 
     def pread_into(self, buffer, offset):
@@ -581,16 +638,17 @@ cdef class SnapshotCore:
         cdef long long off = as_bytes(offset, "offset")
         cdef Py_buffer view
         cdef snapshot *s
+        cdef bint in_target = False
         cdef int rc
         get_buffer(buffer, &view, True)
         try:
             check_range(off, view.len, self._disk.d.io.size)
             s = self.open()
             with nogil:
-                rc = snapshot_read(s, <char *>view.buf, view.len, off)
+                rc = snapshot_read(s, <char *>view.buf, view.len, off, &in_target)
                 self.done_with(s)
             if rc < 0:
-                raise self.failed(rc, off, view.len)
+                raise self.failed(rc, off, view.len, in_target)
         finally:
             PyBuffer_Release(&view)
 
@@ -606,10 +664,12 @@ cdef class SnapshotCore:
             rc = snapshot_discard(s, off, n)
             self.done_with(s)
         if rc < 0:
-            raise self.failed(rc, off, n)
+            raise self.failed(rc, off, n, True)
 
     def _extent(self, uint64_t start, uint64_t end):
-        """(end, accessible, zero) of the extent at ``start``."""
+        """(end, accessible, zero) of the extent at ``start``, before ``end``."""
+        if start >= end or end > self._disk.d.io.size:
+            raise ConfigError(f"no range: {start}..{end}")
         cdef snapshot *s = self.open()
         cdef int flags = 0
         cdef int64_t rc
@@ -617,7 +677,7 @@ cdef class SnapshotCore:
             rc = snapshot_status(s, start, end, &flags)
             self.done_with(s)
         if rc < 0:
-            raise self.failed(rc, start, end - start)
+            raise self.failed(rc, start, end - start, False)
         return rc, bool(flags & STATUS_ACCESS), bool(flags & STATUS_ZERO)
 
     def _set_policy(self, int policy):
@@ -685,7 +745,7 @@ cdef class SnapshotCore:
             return
         rc = self.release()
         if rc < 0:
-            raise os_error(rc, None)
+            raise os_error(rc, self._target_path())
 
     def _inject(self, FaultPlan plan):
         """For tests: as DiskCore._inject(), for the target."""
@@ -697,14 +757,14 @@ cdef class SnapshotCore:
 def arm_snapshots(list snaps):
     """One T0 for all ``snaps``, each attached to its target and with its scope complete; ConfigError, and none is armed,
     where a disk would have more than MAX_SNAPSHOTS."""
-    cdef snapshot *c_snaps[64]
-    cdef disk *owners[64]
-    cdef disk *disks[64]
+    cdef snapshot *c_snaps[C_MAX_SNAPSHOTS]
+    cdef disk *owners[C_MAX_SNAPSHOTS]
+    cdef disk *disks[C_MAX_SNAPSHOTS]
     cdef SnapshotCore snap
     cdef uint64_t n = len(snaps), ndisks = 0, i
     cdef int rc
-    if n > 64:
-        raise ConfigError(f"{n} snapshots in one group, more than 64")
+    if n > C_MAX_SNAPSHOTS:
+        raise ConfigError(f"{n} snapshots in one group, more than {C_MAX_SNAPSHOTS}")
     for i in range(n):
         snap = snaps[i]
         c_snaps[i] = snap.s
@@ -741,20 +801,23 @@ cdef class FaultPlan:
 
     def _add(self, str op, int action, int64_t value, start, end, skip, times):
         cdef fault_plan *p = self.plan
-        cdef uint64_t i
-        if p.nrules == MAX_RULES:
-            raise ConfigError(f"a plan has at most {MAX_RULES} rules")
+        cdef fault_rule r
+        cdef bint full
+        r.op = FAULT_OPS[op]
+        r.action = action
+        r.value = value
+        r.start = start
+        r.end = end
+        r.skip = skip
+        r.times = times
         pthread_mutex_lock(&p.lock)
-        i = p.nrules
-        p.rules[i].op = FAULT_OPS[op]
-        p.rules[i].action = action
-        p.rules[i].value = value
-        p.rules[i].start = start
-        p.rules[i].end = end
-        p.rules[i].skip = skip
-        p.rules[i].times = times
-        p.nrules = i + 1
+        full = p.nrules == MAX_RULES
+        if not full:
+            p.rules[p.nrules] = r
+            p.nrules += 1
         pthread_mutex_unlock(&p.lock)
+        if full:
+            raise ConfigError(f"a plan has at most {MAX_RULES} rules")
 
     def error(self, op, code=EIO, *, start=0, end=2**63, skip=0, times=2**63):
         """Fail calls of ``op`` ("pread", "pwrite", "zero", "discard", "flush", "seek") with errno ``code``: those that touch
@@ -795,13 +858,19 @@ cdef class FaultPlan:
     def calls(self, op=None):
         """The calls seen, oldest first, as (op, offset, length); the last 65536 of them."""
         cdef fault_plan *p = self.plan
-        names = {v: k for k, v in FAULT_OPS.items()}
+        cdef fault_call *log = <fault_call *>malloc(sizeof(p.log))
+        cdef uint64_t n, i
+        if log == NULL:
+            raise MemoryError("no memory for the log")
         pthread_mutex_lock(&p.lock)
-        first = p.ncalls - LOG_LENGTH if p.ncalls > LOG_LENGTH else 0
-        raw = [(p.log[i % LOG_LENGTH].op, p.log[i % LOG_LENGTH].off, p.log[i % LOG_LENGTH].n)
-               for i in range(first, p.ncalls)]
+        memcpy(log, p.log, sizeof(p.log))
+        n = p.ncalls
         pthread_mutex_unlock(&p.lock)
-        return [(names[o], off, n) for o, off, n in raw if op is None or names[o] == op]
+        names = {v: k for k, v in FAULT_OPS.items()}
+        seen = [(names[log[i % LOG_LENGTH].op], log[i % LOG_LENGTH].off, log[i % LOG_LENGTH].n)
+                for i in range(n - least(n, LOG_LENGTH), n)]
+        free(log)
+        return [call for call in seen if op is None or call[0] == op]
 
     def forget_calls(self):
         """Empty the log."""

@@ -5,7 +5,6 @@ Nothing here sleeps to let something happen: `until` looks at a state that must 
 
 import contextlib
 import errno
-import os
 import random
 import threading
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import cbwcore
-from cbwcore._cbwcore import FaultPlan
+from cbwcore._cbwcore import FaultPlan, copy_buffers
 
 CLUSTER = 65536
 LIMIT = 20.0  # seconds after which something that must come counts as a hang
@@ -35,16 +34,25 @@ def until(condition, what, limit=LIMIT):
         time.sleep(0.0002)
 
 
+def settled(value):
+    """A figure of the engine, once it has not changed for a moment."""
+    last, since = value(), time.monotonic()
+    while time.monotonic() < since + 0.1:
+        time.sleep(0.001)
+        if value() != last:
+            last, since = value(), time.monotonic()
+    return last
+
+
+def copy_budget():
+    """(limit, used, kept) bytes of the copy buffers."""
+    return copy_buffers()[:3]
+
+
 def file_bytes(path, offset=0, length=-1):
     with open(path, "rb") as f:
         f.seek(offset)
         return f.read(length)
-
-
-def require(present, why):
-    """Skip where a peer is missing; fail where they are required."""
-    if not present:
-        (pytest.fail if os.environ.get("CBWCORE_REQUIRE_PEERS") == "1" else pytest.skip)(why)
 
 
 class Guest(threading.Thread):
@@ -60,7 +68,7 @@ class Guest(threading.Thread):
         call, args, options = self._call
         try:
             self.value = call(*args, **options)
-        except BaseException as e:  # noqa: BLE001
+        except BaseException as e:
             self.error = e
 
     @property
@@ -157,7 +165,7 @@ def ranges(plan, op):
     return [(offset, length) for _, offset, length in plan.calls(op)]
 
 
-def assert_t0(snapshot, t0, step=CLUSTER):
+def assert_t0(snapshot, t0):
     """Every byte of the snapshot reads as at T0."""
     assert snapshot.pread(snapshot.size, 0) == t0
 
@@ -190,7 +198,7 @@ def assert_refused(guest_call, code, operation, offset, length):
 
 
 @pytest.fixture
-def rig(tmp_path):
-    made = Rig(tmp_path)
+def rig(place):
+    made = Rig(place)
     yield made
     made.close()

@@ -22,6 +22,7 @@ from cbwcore._buffers cimport bufpool, bufpool_get, bufpool_put
 
 cdef enum:
     BOUNCE = 1 << 20            # bytes of one bounce buffer
+    BOUNCE_BUDGET = 8 << 20     # bytes of all bounce buffers of one user of a file: its guests, or a snapshot's readers
     ZERO_BLOCK = 65536
     SHORTEST_TRIES = 100        # attempts in a row that O_DIRECT may end inside one block
 
@@ -31,7 +32,7 @@ cdef struct blk
 
 cdef struct blk_ops:
     int64_t (*pread)(blk *b, int fd, void *buf, uint64_t n, uint64_t off) noexcept nogil
-    int64_t (*pwrite)(blk *b, int fd, const void *buf, uint64_t n, uint64_t off, bint durable) noexcept nogil
+    int64_t (*pwrite)(blk *b, int fd, const void *buf, uint64_t n, uint64_t off) noexcept nogil
     int (*zero)(blk *b, uint64_t off, uint64_t n, bint may_unmap) noexcept nogil
     int (*discard)(blk *b, uint64_t off, uint64_t n) noexcept nogil
     int (*flush)(blk *b) noexcept nogil
@@ -49,11 +50,14 @@ cdef struct blk:
     uint64_t align              # of offsets and lengths through fd; 1 where buffered
     uint64_t mem_align          # of memory; 1 where buffered
     uint64_t zero_align         # of fallocate ranges
-    uint64_t flush_error        # sticky: after a failed fdatasync the kernel has forgotten what was not written
+    uint64_t cut                # sticky: the file was seen smaller than `size`
     uint64_t tracked            # writes are listed in `writes`; set once, by the first unaligned write, while drained
-    pthread_mutex_t lock        # guards `writes`
-    pthread_cond_t written
+    pthread_mutex_t lock        # guards all below
+    pthread_cond_t written      # a write or flush ended
     reqlist writes              # writes in flight, where tracked
+    uint64_t flushes_begun      # fdatasync calls; at most one is under way
+    uint64_t flushes_done
+    int flush_error             # sticky, a positive errno
 
 
 cdef inline int blk_init(blk *b) noexcept nogil:
@@ -82,9 +86,8 @@ cdef inline int64_t psync_pread(blk *b, int fd, void *buf, uint64_t n, uint64_t 
     return read_once(fd, buf, n, off)
 
 
-cdef inline int64_t psync_pwrite(blk *b, int fd, const void *buf, uint64_t n, uint64_t off,
-                                 bint durable) noexcept nogil:
-    return write_once(fd, buf, n, off, durable)
+cdef inline int64_t psync_pwrite(blk *b, int fd, const void *buf, uint64_t n, uint64_t off) noexcept nogil:
+    return write_once(fd, buf, n, off)
 
 
 cdef inline int psync_zero(blk *b, uint64_t off, uint64_t n, bint may_unmap) noexcept nogil:
@@ -140,13 +143,13 @@ cdef inline int read_all(blk *b, int fd, char *buf, uint64_t n, uint64_t off) no
     return 0
 
 
-cdef inline int write_all(blk *b, int fd, const char *buf, uint64_t n, uint64_t off, bint durable) noexcept nogil:
+cdef inline int write_all(blk *b, int fd, const char *buf, uint64_t n, uint64_t off) noexcept nogil:
     """Write exactly `n` bytes."""
     cdef uint64_t unit = b.align if fd == b.fd else 1
     cdef int64_t rc
     cdef int stuck = 0
     while n:
-        rc = b.ops.pwrite(b, fd, buf, n, off, durable)
+        rc = b.ops.pwrite(b, fd, buf, n, off)
         if try_again(rc):
             continue
         if rc < 0:
@@ -211,13 +214,13 @@ cdef inline int read_bounced(blk *b, bufpool *pool, char *buf, uint64_t n, uint6
         start = round_down(off, b.align)
         piece = least(n, start + BOUNCE - off)
         end = round_up(off + piece, b.align)
-        rc = bufpool_get(pool, end - start, &bounce)
+        rc = bufpool_get(pool, end - start, NULL, True, &bounce)
         if rc < 0:
             return rc
         rc = read_all(b, b.fd, <char *>bounce, end - start, start)
         if rc == 0:
             memcpy(buf, <char *>bounce + (off - start), piece)
-        bufpool_put(pool, bounce, end - start)
+        bufpool_put(pool, bounce, end - start, NULL)
         buf += piece
         n -= piece
         off += piece
@@ -225,7 +228,7 @@ cdef inline int read_bounced(blk *b, bufpool *pool, char *buf, uint64_t n, uint6
 
 
 cdef inline int read_modify_write(blk *b, char *bounce, uint64_t start, uint64_t end, const char *buf, uint64_t n,
-                                  uint64_t off, bint durable) noexcept nogil:
+                                  uint64_t off) noexcept nogil:
     """Write [off, off + n) inside the aligned [start, end): read the blocks that are only partly written first."""
     cdef uint64_t last = end - b.align
     cdef int rc = 0
@@ -236,11 +239,10 @@ cdef inline int read_modify_write(blk *b, char *bounce, uint64_t start, uint64_t
     if rc < 0:
         return rc
     memcpy(bounce + (off - start), buf, n)
-    return write_all(b, b.fd, bounce, end - start, start, durable)
+    return write_all(b, b.fd, bounce, end - start, start)
 
 
-cdef inline int write_bounced(blk *b, bufpool *pool, const char *buf, uint64_t n, uint64_t off,
-                              bint durable) noexcept nogil:
+cdef inline int write_bounced(blk *b, bufpool *pool, const char *buf, uint64_t n, uint64_t off) noexcept nogil:
     """Write an unaligned range, or from unaligned memory. A piece that needs read-modify-write holds the range lock."""
     cdef uint64_t start, end, piece
     cdef void *bounce
@@ -251,27 +253,27 @@ cdef inline int write_bounced(blk *b, bufpool *pool, const char *buf, uint64_t n
         start = round_down(off, b.align)
         piece = least(n, start + BOUNCE - off)
         end = round_up(off + piece, b.align)
-        rc = bufpool_get(pool, end - start, &bounce)
+        rc = bufpool_get(pool, end - start, NULL, True, &bounce)
         if rc < 0:
             return rc
         listed = load_acquire(&b.tracked)
         if listed:
             range_lock(b, &r, start, end, not range_fits(b, off, piece))
-        rc = read_modify_write(b, <char *>bounce, start, end, buf, piece, off, durable)
+        rc = read_modify_write(b, <char *>bounce, start, end, buf, piece, off)
         if listed:
             range_unlock(b, &r)
-        bufpool_put(pool, bounce, end - start)
+        bufpool_put(pool, bounce, end - start, NULL)
         buf += piece
         n -= piece
         off += piece
     return rc
 
 
-cdef inline int write_listed(blk *b, const char *buf, uint64_t n, uint64_t off, bint durable) noexcept nogil:
+cdef inline int write_listed(blk *b, const char *buf, uint64_t n, uint64_t off) noexcept nogil:
     cdef request r
     cdef int rc
     range_lock(b, &r, off, off + n, False)
-    rc = write_all(b, b.fd, buf, n, off, durable)
+    rc = write_all(b, b.fd, buf, n, off)
     range_unlock(b, &r)
     return rc
 
@@ -279,7 +281,7 @@ cdef inline int write_listed(blk *b, const char *buf, uint64_t n, uint64_t off, 
 # ---- what the engine calls ----
 
 cdef inline int blk_read(blk *b, bufpool *pool, void *buf, uint64_t n, uint64_t off) noexcept nogil:
-    """Read [off, off + n), which lies inside the disk."""
+    """Read [off, off + n), which lies inside the disk. `pool`: for bounce buffers."""
     cdef uint64_t direct = n if off + n <= b.direct_end else (b.direct_end - off if off < b.direct_end else 0)
     cdef int rc = 0
     if direct:
@@ -292,21 +294,42 @@ cdef inline int blk_read(blk *b, bufpool *pool, void *buf, uint64_t n, uint64_t 
     return rc
 
 
-cdef inline int blk_write(blk *b, bufpool *pool, const void *buf, uint64_t n, uint64_t off, bint durable) noexcept nogil:
-    """Write [off, off + n), which lies inside the disk; durable (FUA): on stable storage before return."""
+cdef inline int blk_check_size(blk *b) noexcept nogil:
+    """-EIO, from then on, where the file has become smaller than it was when opened (R12)."""
+    cdef int64_t size
+    if load_acquire(&b.cut):
+        return -EIO
+    size = b.ops.seek(b, 0, SEEK_END)
+    if size < 0:
+        return <int>size
+    if <uint64_t>size >= b.size:
+        return 0
+    store_release(&b.cut, 1)
+    return -EIO
+
+
+cdef inline int blk_read_checked(blk *b, bufpool *pool, void *buf, uint64_t n, uint64_t off) noexcept nogil:
+    """blk_read() of data that must be T0's: of a file that was cut, and perhaps written again, it may be no more."""
+    cdef int rc = blk_read(b, pool, buf, n, off)
+    return rc if rc < 0 else blk_check_size(b)
+
+
+cdef inline int blk_write(blk *b, bufpool *pool, const void *buf, uint64_t n, uint64_t off) noexcept nogil:
+    """Write [off, off + n), which lies inside the disk. A write that reaches the end would heal a file that was cut, and
+    hide it: such a write looks first."""
     cdef uint64_t direct = n if off + n <= b.direct_end else (b.direct_end - off if off < b.direct_end else 0)
-    cdef int rc = 0
-    if direct:
+    cdef int rc = blk_check_size(b) if off + n == b.size else 0
+    if rc == 0 and direct:
         if b.align == 1:
-            rc = write_all(b, b.fd, <const char *>buf, direct, off, durable)
+            rc = write_all(b, b.fd, <const char *>buf, direct, off)
         elif not (range_fits(b, off, direct) and memory_fits(b, buf)):
-            rc = write_bounced(b, pool, <const char *>buf, direct, off, durable)
+            rc = write_bounced(b, pool, <const char *>buf, direct, off)
         elif load_acquire(&b.tracked):
-            rc = write_listed(b, <const char *>buf, direct, off, durable)
+            rc = write_listed(b, <const char *>buf, direct, off)
         else:
-            rc = write_all(b, b.fd, <const char *>buf, direct, off, durable)
+            rc = write_all(b, b.fd, <const char *>buf, direct, off)
     if rc == 0 and direct < n:
-        rc = write_all(b, b.tail_fd, <const char *>buf + direct, n - direct, off + direct, durable)
+        rc = write_all(b, b.tail_fd, <const char *>buf + direct, n - direct, off + direct)
     return rc
 
 
@@ -315,7 +338,7 @@ cdef inline int write_zero_data(blk *b, bufpool *pool, uint64_t off, uint64_t en
     cdef int rc = 0
     while off < end and rc == 0:
         n = least(ZERO_BLOCK - (off & (ZERO_BLOCK - 1)), end - off)
-        rc = blk_write(b, pool, zero_block, n, off, False)
+        rc = blk_write(b, pool, zero_block, n, off)
         off += n
     return rc
 
@@ -338,7 +361,9 @@ cdef inline int blk_write_zeroes(blk *b, bufpool *pool, uint64_t off, uint64_t n
     """Make [off, off + n) read as zeroes: deallocated where allowed and possible, else written."""
     cdef uint64_t end = off + n
     cdef uint64_t first = round_up(off, b.zero_align), last = round_down(end, b.zero_align)
-    cdef int rc
+    cdef int rc = blk_check_size(b) if end == b.size else 0
+    if rc < 0:
+        return rc
     if first >= last:
         return write_zero_data(b, pool, off, end)
     rc = zero_range(b, first, last, may_unmap)
@@ -352,13 +377,12 @@ cdef inline int blk_write_zeroes(blk *b, bufpool *pool, uint64_t off, uint64_t n
 
 
 cdef inline int blk_discard(blk *b, uint64_t off, uint64_t n) noexcept nogil:
-    """Give [off, off + n) back to the storage, as far as whole blocks go and the storage can; advisory."""
-    cdef uint64_t end = off + n
+    """Give [off, off + n) back to the storage, as far as whole blocks go. -EOPNOTSUPP where the storage cannot."""
+    cdef uint64_t end = round_down(off + n, b.zero_align)
     cdef request r
     cdef bint listed = b.align > 1 and load_acquire(&b.tracked)
     cdef int rc = -EINTR
     off = round_up(off, b.zero_align)
-    end = round_down(end, b.zero_align)
     if off >= end:
         return 0
     if listed:
@@ -367,28 +391,35 @@ cdef inline int blk_discard(blk *b, uint64_t off, uint64_t n) noexcept nogil:
         rc = b.ops.discard(b, off, end - off)
     if listed:
         range_unlock(b, &r)
-    return 0 if rc == -EOPNOTSUPP or rc == -ENOTTY or rc == -EINVAL else rc
+    return -EOPNOTSUPP if rc == -ENOTTY or rc == -EINVAL else rc
 
 
 cdef inline int blk_flush(blk *b) noexcept nogil:
-    """Every completed write is durable (R14). A failure is sticky: the next fdatasync would succeed and lie."""
-    cdef uint64_t failed = load_acquire(&b.flush_error)
+    """Every write that is complete now is durable after return 0 (R14). A failure is for good: the kernel reports it once,
+    forgets what it could not write, and would call the next fdatasync a success.
+
+    One fdatasync at a time, so that nobody misses its failure; all who come while one runs share the next."""
+    cdef uint64_t ticket
     cdef int rc = -EINTR
-    if failed:
-        return -<int>failed
+    pthread_mutex_lock(&b.lock)
+    ticket = b.flushes_begun + 1
+    while b.flushes_done < ticket and b.flushes_begun > b.flushes_done:
+        pthread_cond_wait(&b.written, &b.lock)
+    if b.flush_error or b.flushes_done >= ticket:
+        rc = -b.flush_error
+        pthread_mutex_unlock(&b.lock)
+        return rc
+    b.flushes_begun += 1
+    pthread_mutex_unlock(&b.lock)
     while try_again(rc):
         rc = b.ops.flush(b)
+    pthread_mutex_lock(&b.lock)
     if rc < 0:
-        store_release(&b.flush_error, <uint64_t>-rc)
+        b.flush_error = -rc
+    b.flushes_done = b.flushes_begun
+    pthread_cond_broadcast(&b.written)
+    pthread_mutex_unlock(&b.lock)
     return rc
-
-
-cdef inline int64_t hole_end(blk *b, uint64_t end) noexcept nogil:
-    """`end`, where the file still has its size. A file cut short must not pass for one that reads as zeroes (R12)."""
-    cdef int64_t size = b.ops.seek(b, 0, SEEK_END)
-    if size < 0:
-        return size
-    return <int64_t>end if <uint64_t>size >= b.size else -EIO
 
 
 cdef inline int64_t blk_extent(blk *b, uint64_t off, uint64_t end, bint *hole) noexcept nogil:
@@ -400,10 +431,14 @@ cdef inline int64_t blk_extent(blk *b, uint64_t off, uint64_t end, bint *hole) n
     pos = b.ops.seek(b, off, SEEK_DATA)
     if pos == -ENXIO or pos > <int64_t>off:
         hole[0] = True
-        return hole_end(b, end if pos < 0 else least(<uint64_t>pos, end))
+        if blk_check_size(b) < 0:
+            return -EIO             # a file cut short must not pass for one that reads as zeroes
+        return <int64_t>end if pos < 0 else <int64_t>least(<uint64_t>pos, end)
     if pos == -EINVAL or pos == -EOPNOTSUPP:
         return <int64_t>end
     if pos < 0:
         return pos
     pos = b.ops.seek(b, off, SEEK_HOLE)
+    if pos < 0 and pos != -ENXIO:
+        return pos
     return <int64_t>least(<uint64_t>pos, end) if pos > <int64_t>off else <int64_t>end

@@ -2,6 +2,8 @@
 #
 # `old_data` is shared: a guest write that several snapshots need hands the same buffer to each (R15),
 # and a copy that outlived its guest write's patience goes on owning it (R8). The last owner returns it.
+# A copy takes no bounce buffer: its own is aligned, and so are its reads and writes, but for a tail that is buffered
+# anyway. So it gives the functions of _blockio.pxd no pool for them.
 #
 # A buffer read for one snapshot is right for another of the same pass: every snapshot of the pass was armed
 # before the read, so where one of them still needs a cluster when it claims it, no guest write has reached
@@ -13,16 +15,18 @@ from libc.stdlib cimport free, malloc
 from cbwcore._sys cimport add_seq_cst, is_zero, sub_seq_cst
 from cbwcore._geometry cimport cluster_end
 from cbwcore._bitmap cimport bitmap, bitmap_next
-from cbwcore._buffers cimport bufpool, bufpool_get, bufpool_put
-from cbwcore._blockio cimport blk, blk_extent, blk_read, blk_write, blk_write_zeroes
+from cbwcore._buffers cimport bufpool, bufpool_get, bufpool_put, reserve
+from cbwcore._blockio cimport blk, blk_extent, blk_read_checked, blk_write, blk_write_zeroes
 
 cdef enum:
     COPY_RUN = 1 << 20      # the most bytes of one copy, where the cluster is not larger
+    ZERO_WORDS = 4          # of a map with a bit for each of COPY_RUN's clusters, 4 KiB at least
 
 
 cdef struct old_data:
     uint64_t refs
     bufpool *pool
+    reserve *own            # whose reserve the buffer is; then it is not shared. Else NULL
     char *buf
     uint64_t start          # bytes on the disk
     uint64_t end
@@ -30,7 +34,7 @@ cdef struct old_data:
 
 cdef inline void old_data_put(old_data *old) noexcept nogil:
     if old != NULL and sub_seq_cst(&old.refs, 1) == 1:
-        bufpool_put(old.pool, old.buf, old.end - old.start)
+        bufpool_put(old.pool, old.buf, old.end - old.start, old.own)
         free(old)
 
 
@@ -43,14 +47,16 @@ cdef inline bint old_data_covers(const old_data *old, uint64_t start, uint64_t e
     return old != NULL and old.start <= start and end <= old.end
 
 
-cdef inline int old_data_read(blk *source, bufpool *pool, uint64_t start, uint64_t end, old_data **out) noexcept nogil:
-    """Read [start, end) of the disk into a buffer of the budget, for which this waits."""
+cdef inline int old_data_read(blk *source, bufpool *pool, reserve *own, bint patient, uint64_t start, uint64_t end,
+                              old_data **out) noexcept nogil:
+    """Read [start, end) of the disk into a buffer of the budget; bufpool_get() says when it waits."""
     cdef old_data *old = <old_data *>malloc(sizeof(old_data))
     cdef void *buf
     cdef int rc
     if old == NULL:
         return -ENOMEM
-    rc = bufpool_get(pool, end - start, &buf)
+    old.own = own
+    rc = bufpool_get(pool, end - start, &old.own, patient, &buf)
     if rc < 0:
         free(old)
         return rc
@@ -59,7 +65,7 @@ cdef inline int old_data_read(blk *source, bufpool *pool, uint64_t start, uint64
     old.buf = <char *>buf
     old.start = start
     old.end = end
-    rc = blk_read(source, pool, buf, end - start, start)
+    rc = blk_read_checked(source, NULL, buf, end - start, start)
     if rc < 0:
         old_data_put(old)
         return rc
@@ -67,7 +73,7 @@ cdef inline int old_data_read(blk *source, bufpool *pool, uint64_t start, uint64
     return 0
 
 
-cdef inline int ensure_zero(blk *target, bufpool *pool, uint64_t start, uint64_t end) noexcept nogil:
+cdef inline int ensure_zero(blk *target, uint64_t start, uint64_t end) noexcept nogil:
     """Make [start, end) of the target read as zeroes; what already is a hole costs nothing (R11)."""
     cdef int64_t stop
     cdef bint hole
@@ -77,7 +83,7 @@ cdef inline int ensure_zero(blk *target, bufpool *pool, uint64_t start, uint64_t
         if stop < 0:
             return <int>stop
         if not hole:
-            rc = blk_write_zeroes(target, pool, start, <uint64_t>stop - start, True)
+            rc = blk_write_zeroes(target, NULL, start, <uint64_t>stop - start, True)
         start = <uint64_t>stop
     return rc
 
@@ -96,8 +102,8 @@ cdef inline uint64_t find_zeroes(const old_data *old, uint64_t first, uint64_t l
     return data
 
 
-cdef inline int write_target(blk *target, bufpool *pool, const old_data *old, uint64_t first, uint64_t last, int shift,
-                             uint64_t size, uint64_t *zeroes, bint target_is_new) noexcept nogil:
+cdef inline int write_target(blk *target, const old_data *old, uint64_t first, uint64_t last, int shift, uint64_t size,
+                             uint64_t *zeroes, bint target_is_new) noexcept nogil:
     """Write the clusters [first, last) to the target, in as few transfers as their zeroes allow."""
     cdef bitmap zero
     cdef uint64_t c = first, stop, start, end
@@ -111,8 +117,8 @@ cdef inline int write_target(blk *target, bufpool *pool, const old_data *old, ui
         start = c << shift
         end = cluster_end(stop - 1, shift, size)
         if not hole:
-            rc = blk_write(target, pool, old.buf + (start - old.start), end - start, start, False)
+            rc = blk_write(target, NULL, old.buf + (start - old.start), end - start, start)
         elif not target_is_new:
-            rc = ensure_zero(target, pool, start, end)
+            rc = ensure_zero(target, start, end)
         c = stop
     return rc

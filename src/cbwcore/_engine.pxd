@@ -10,7 +10,7 @@
 # A writer adds to its slot and then reads the gate; the shutter sets the gate and then reads the slots. Both in
 # sequentially consistent order, so at least one of them sees the other.
 
-from libc.errno cimport ENOSPC
+from libc.errno cimport ENOSPC, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
@@ -18,18 +18,20 @@ from posix.stdlib cimport posix_memalign
 from cbwcore._sys cimport (
     CBW_SLOTS, add_relaxed, add_seq_cst, cond_init, load_relaxed, load_seq_cst, monotonic_ns, pthread_cond_broadcast,
     pthread_cond_destroy, pthread_cond_t, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store_seq_cst, sub_seq_cst, thread_slot,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store_release, store_seq_cst, sub_seq_cst, thread_slot,
 )
 from cbwcore._geometry cimport least, most, outer_end, round_down, round_up
 from cbwcore._bitmap cimport bitmap, bitmap_put
-from cbwcore._buffers cimport bufpool
+from cbwcore._buffers cimport bufpool, bufpool_destroy, bufpool_init
 from cbwcore._blockio cimport (
-    blk, blk_close, blk_destroy, blk_discard, blk_extent, blk_flush, blk_needs_tracking, blk_read, blk_track, blk_write,
-    blk_write_zeroes,
+    BOUNCE, BOUNCE_BUDGET, blk, blk_close, blk_destroy, blk_discard, blk_extent, blk_flush, blk_needs_tracking,
+    blk_read, blk_track, blk_write, blk_write_zeroes,
 )
 from cbwcore._copy cimport old_data_put
-from cbwcore._snapshot cimport E_CLOSED, cbw_pass, failure, note_wait, snapshot, snapshot_needs, snapshot_preserve, \
-    snapshot_quiesce, snapshot_revoke, wake
+from cbwcore._snapshot cimport (
+    ARMED, CLOSED, E_CLOSED, cbw_pass, cbw_visit, failure, note_wait, snapshot, snapshot_needs, snapshot_preserve,
+    snapshot_put, snapshot_quiesce, snapshot_revoke,
+)
 
 cdef enum:
     MAX_SNAPSHOTS = 64
@@ -58,7 +60,7 @@ cdef struct sink:           # a bitmap in which every guest write is recorded, b
 
 cdef struct disk:
     blk io
-    bufpool *pool
+    bufpool bounce          # the guests' bounce buffers
     slot *slots
     uint64_t refs           # the disk object and its snapshots; the last frees the disk
     uint64_t closed         # set once, before the last drain
@@ -68,19 +70,18 @@ cdef struct disk:
     pthread_cond_t gate_changed
     uint64_t gate           # 1 while shut; changed under gate_lock, read without it
     uint64_t nsnaps
-    snapshot *snaps[64]
+    snapshot *snaps[MAX_SNAPSHOTS]
     uint64_t nsinks
-    sink sinks[256]
+    sink sinks[MAX_SINKS]
 
 
 # ---- life ----
 
-cdef inline int disk_init(disk *d, bufpool *pool) noexcept nogil:
+cdef inline int disk_init(disk *d) noexcept nogil:
     cdef void *slots
     cdef int rc
     memset(d, 0, sizeof(disk))
     d.io.fd = d.io.tail_fd = -1
-    d.pool = pool
     d.refs = 1
     pthread_mutex_init(&d.gate_lock, NULL)
     rc = posix_memalign(&slots, 128, CBW_SLOTS * sizeof(slot))
@@ -88,7 +89,7 @@ cdef inline int disk_init(disk *d, bufpool *pool) noexcept nogil:
         return -rc
     memset(slots, 0, CBW_SLOTS * sizeof(slot))
     d.slots = <slot *>slots
-    return cond_init(&d.gate_changed)
+    return cond_init(&d.gate_changed) or bufpool_init(&d.bounce, BOUNCE_BUDGET, BOUNCE)
 
 
 cdef inline void disk_put(disk *d) noexcept nogil:
@@ -96,6 +97,7 @@ cdef inline void disk_put(disk *d) noexcept nogil:
         return
     blk_close(&d.io)
     blk_destroy(&d.io)
+    bufpool_destroy(&d.bounce)
     pthread_cond_destroy(&d.gate_changed)
     pthread_mutex_destroy(&d.gate_lock)
     free(d.slots)
@@ -196,18 +198,14 @@ cdef inline int disk_close(disk *d) noexcept nogil:
 
 # ---- bitmaps that record guest writes ----
 
-cdef inline int attach_sink(disk *d, bitmap *map, int shift) noexcept nogil:
-    """Every guest write that is not complete yet will be in `map`. -ENOSPC where there are too many."""
-    cdef int rc = 0
-    gate_shut(d)
+cdef inline int add_sink(disk *d, bitmap *map, int shift) noexcept nogil:
+    """Under the shut gate: every guest write that comes will be in `map`. -ENOSPC where there are too many."""
     if d.nsinks == MAX_SINKS:
-        rc = -ENOSPC
-    else:
-        d.sinks[d.nsinks].map = map
-        d.sinks[d.nsinks].shift = shift
-        d.nsinks += 1
-    gate_open(d)
-    return rc
+        return -ENOSPC
+    d.sinks[d.nsinks].map = map
+    d.sinks[d.nsinks].shift = shift
+    d.nsinks += 1
+    return 0
 
 
 cdef inline void drop_sink(disk *d, const bitmap *map) noexcept nogil:
@@ -218,12 +216,6 @@ cdef inline void drop_sink(disk *d, const bitmap *map) noexcept nogil:
             d.nsinks -= 1
             d.sinks[i] = d.sinks[d.nsinks]
             return
-
-
-cdef inline void detach_sink(disk *d, const bitmap *map) noexcept nogil:
-    gate_shut(d)
-    drop_sink(d, map)
-    gate_open(d)
 
 
 cdef inline void record(disk *d, uint64_t off, uint64_t n) noexcept nogil:
@@ -248,10 +240,12 @@ cdef inline int arm(disk **disks, uint64_t ndisks, snapshot **snaps, disk **owne
             break
         owners[i].snaps[owners[i].nsnaps] = snaps[i]
         owners[i].nsnaps += 1
+        store_release(&snaps[i].state, ARMED)
     for i in range(nsnaps):
         drop_sink(owners[i], &snaps[i].need)
         drop_sink(owners[i], &snaps[i].access)
         if rc < 0:
+            store_release(&snaps[i].state, CLOSED)
             unlink_snapshot(owners[i], snaps[i])
     for i in range(ndisks):
         gate_open(disks[i])
@@ -292,28 +286,27 @@ cdef inline bint needs_cbw(const disk *d, uint64_t off, uint64_t n) noexcept nog
 
 
 cdef inline void pin(snapshot *s) noexcept nogil:
+    """Keep the snapshot in memory, not open: close() waits only for what is inside it, never for another's target."""
     pthread_mutex_lock(&s.lock)
-    s.users += 1
+    s.refs += 1
     pthread_mutex_unlock(&s.lock)
 
 
 cdef inline void unpin(disk *d, snapshot *s, int64_t held_up) noexcept nogil:
     """`held_up`: ns that the guest write spent here."""
     pthread_mutex_lock(&s.lock)
-    s.users -= 1
     if held_up:
         note_wait(&s.stats, held_up)
     if s.break_unreported:
-        s.break_unreported = False
         add_seq_cst(&d.breaks, 1)
-    wake(s)
     pthread_mutex_unlock(&s.lock)
+    snapshot_put(s)
 
 
-cdef inline int preserve(snapshot **snaps, uint64_t nsnaps, uint64_t off, uint64_t n, uint64_t size, int64_t *spent,
-                         failure *why) noexcept nogil:
+cdef inline int preserve(snapshot **snaps, uint64_t nsnaps, uint64_t off, uint64_t n, uint64_t size,
+                         cbw_visit *visits, failure *why) noexcept nogil:
     """Take a guest write past the snapshots, one window of at most a copy run after the other, so that each window's
-    old data is read once for all of them (R15). Each snapshot's timeout counts its own waiting only: `spent`, in ns."""
+    old data is read once for all of them (R15). Each snapshot's timeout counts its own waiting only."""
     cdef uint64_t window = 1, unit = 1, end = off + n, stop, i
     cdef cbw_pass p
     cdef int rc = 0
@@ -328,7 +321,7 @@ cdef inline int preserve(snapshot **snaps, uint64_t nsnaps, uint64_t off, uint64
             p.span_start = round_down(off, unit)
             p.span_end = least(round_up(stop, unit), size)
         for i in range(nsnaps):
-            rc = snapshot_preserve(snaps[i], off, stop - off, &spent[i], &p)
+            rc = snapshot_preserve(snaps[i], off, stop - off, &visits[i], &p)
             if rc < 0:
                 break
         old_data_put(p.old)
@@ -340,18 +333,18 @@ cdef inline int preserve(snapshot **snaps, uint64_t nsnaps, uint64_t off, uint64
 
 cdef inline int pass_snapshots(disk *d, slot *own, uint64_t off, uint64_t n, failure *why) noexcept nogil:
     """Leave flight, preserve what the snapshots of now need. The snapshots are pinned before flight is left."""
-    cdef snapshot *pinned[64]
-    cdef int64_t spent[64]
+    cdef snapshot *pinned[MAX_SNAPSHOTS]
+    cdef cbw_visit visits[MAX_SNAPSHOTS]
     cdef uint64_t count = d.nsnaps, i
     cdef int rc
     for i in range(count):
         pinned[i] = d.snaps[i]
-        spent[i] = 0
         pin(pinned[i])
     leave_write(d, own)
-    rc = preserve(pinned, count, off, n, d.io.size, spent, why)
+    memset(visits, 0, count * sizeof(cbw_visit))
+    rc = preserve(pinned, count, off, n, d.io.size, visits, why)
     for i in range(count):
-        unpin(d, pinned[i], spent[i])
+        unpin(d, pinned[i], visits[i].spent)
     return rc
 
 
@@ -365,11 +358,13 @@ cdef inline void track_writes(disk *d) noexcept nogil:
 cdef inline int submit(disk *d, int op, const void *buf, uint64_t off, uint64_t n, bint fua,
                        bint may_unmap) noexcept nogil:
     cdef int rc
-    if op == GUEST_WRITE:
-        return blk_write(&d.io, d.pool, buf, n, off, fua)
     if op == GUEST_DISCARD:
-        return blk_discard(&d.io, off, n)
-    rc = blk_write_zeroes(&d.io, d.pool, off, n, may_unmap)
+        rc = blk_discard(&d.io, off, n)
+        return 0 if rc == -EOPNOTSUPP else rc
+    if op == GUEST_WRITE:
+        rc = blk_write(&d.io, &d.bounce, buf, n, off)
+    else:
+        rc = blk_write_zeroes(&d.io, &d.bounce, off, n, may_unmap)
     return blk_flush(&d.io) if rc == 0 and fua else rc
 
 
@@ -406,7 +401,7 @@ cdef inline int guest_read(disk *d, void *buf, uint64_t off, uint64_t n) noexcep
     cdef int rc
     if own == NULL:
         return E_CLOSED
-    rc = blk_read(&d.io, d.pool, buf, n, off)
+    rc = blk_read(&d.io, &d.bounce, buf, n, off)
     add_relaxed(&own.guest_reads, 1)
     add_relaxed(&own.guest_read_bytes, n)
     leave_read(d, own)

@@ -51,11 +51,11 @@ cdef struct fault_plan:
     pthread_cond_t changed
     const blk_ops *inner
     uint64_t nrules
-    fault_rule rules[64]
+    fault_rule rules[MAX_RULES]
     uint64_t stalled            # calls waiting now
     uint64_t releases           # plan_release() calls so far
     uint64_t ncalls             # calls seen; the last LOG_LENGTH are in `log`
-    fault_call log[65536]
+    fault_call log[LOG_LENGTH]
 
 
 cdef inline int plan_init(fault_plan *p, const blk_ops *inner) noexcept nogil:
@@ -127,11 +127,10 @@ cdef inline int64_t faulty_pread(blk *b, int fd, void *buf, uint64_t n, uint64_t
     return rc if rc < 0 else p.inner.pread(b, fd, buf, n, off)
 
 
-cdef inline int64_t faulty_pwrite(blk *b, int fd, const void *buf, uint64_t n, uint64_t off,
-                                  bint durable) noexcept nogil:
+cdef inline int64_t faulty_pwrite(blk *b, int fd, const void *buf, uint64_t n, uint64_t off) noexcept nogil:
     cdef fault_plan *p = <fault_plan *>b.faults
     cdef int64_t rc = plan_apply(p, OP_WRITE, off, &n)
-    return rc if rc < 0 else p.inner.pwrite(b, fd, buf, n, off, durable)
+    return rc if rc < 0 else p.inner.pwrite(b, fd, buf, n, off)
 
 
 cdef inline int faulty_zero(blk *b, uint64_t off, uint64_t n, bint may_unmap) noexcept nogil:

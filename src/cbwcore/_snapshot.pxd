@@ -9,9 +9,10 @@
 # A cluster's life (R1): need -> [copies lists it] -> need, done -> [frozen reads of it have ended] -> done.
 #
 # `lock` guards everything but the fast path's look at `state` and `need`. It is never held across I/O, and no
-# thread that holds it takes another lock (R18). Whoever changes what a waiter waits for calls wake().
+# thread that holds it takes another lock, that of the copy buffers included (R18). Whoever changes what a waiter
+# waits for calls wake().
 
-from libc.errno cimport ENOMEM, ENOSPC, ETIMEDOUT
+from libc.errno cimport ENOMEM, ENOSPC, EOPNOTSUPP, ETIMEDOUT
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -24,9 +25,9 @@ from cbwcore._geometry cimport cluster_count, cluster_end, inner_end, inner_firs
 from cbwcore._bitmap cimport bitmap, bitmap_any, bitmap_count, bitmap_free, bitmap_init, bitmap_next, bitmap_put, \
     bitmap_test
 from cbwcore._reqlist cimport reqlist, reqlist_add, reqlist_find, reqlist_remove, request
-from cbwcore._buffers cimport bufpool
-from cbwcore._blockio cimport blk, blk_close, blk_destroy, blk_discard, blk_extent, blk_read
-from cbwcore._copy cimport COPY_RUN, find_zeroes, old_data, old_data_covers, old_data_put, old_data_read, \
+from cbwcore._buffers cimport bufpool, bufpool_destroy, bufpool_init, bufpool_unreserve, reserve
+from cbwcore._blockio cimport BOUNCE, BOUNCE_BUDGET, blk, blk_close, blk_destroy, blk_discard, blk_extent, blk_read_checked
+from cbwcore._copy cimport ZERO_WORDS, find_zeroes, old_data, old_data_covers, old_data_put, old_data_read, \
     old_data_ref, write_target
 from cbwcore._workers cimport work, workers, workers_init, workers_ready, workers_stop, workers_submit
 
@@ -51,9 +52,8 @@ cdef enum:                  # results beside 0 and -errno
 
 cdef enum:
     READ_RUN = 1 << 20      # bytes that one snapshot read freezes at most
-    STATUS_RUN = 1 << 30    # bytes that one look at the disk's holes freezes at most
+    STATUS_RUN = 1 << 30    # bytes that one look at the maps, and the disk's holes, covers at most
     HISTOGRAM = 40          # wait times: bucket i counts those under 2**i microseconds
-    MAX_RUN_CLUSTERS = 256  # COPY_RUN in the smallest clusters
 
 cdef enum:                  # snapshot_status() flags
     STATUS_ACCESS = 1
@@ -68,6 +68,20 @@ cdef struct failure:
     int64_t time            # ns since the epoch
 
 
+cdef struct cbw_pass:       # one guest write's way past the snapshots; of its thread alone
+    old_data *old           # what was read last, for the next snapshot; never kept while waiting
+    uint64_t span_start     # bytes: read all of it at once where several snapshots are to be served,
+    uint64_t span_end       # else empty
+    failure why
+
+
+cdef struct cbw_visit:      # its part in one snapshot
+    int64_t spent           # ns that the snapshot has held it up, in the windows so far
+    int64_t deadline        # of this window; 0: none
+    bint copy_wait          # it has waited for the copy of another
+    bint frozen_wait        # it has waited for a snapshot read
+
+
 cdef struct cbw_stats:      # under the snapshot's lock
     uint64_t copies         # runs copied
     uint64_t copied_bytes
@@ -77,20 +91,22 @@ cdef struct cbw_stats:      # under the snapshot's lock
     uint64_t waits          # guest writes that CBW held up
     uint64_t wait_ns
     uint64_t longest_wait_ns
-    uint64_t copy_waits     # times that one waited for a copy of another
-    uint64_t frozen_waits   # times that one waited for a snapshot read
+    uint64_t copy_waits     # those that waited for the copy of another
+    uint64_t frozen_waits   # those that waited for a snapshot read
     uint64_t histogram[40]
     int64_t arm_pause_ns
 
 
 cdef struct snapshot:
     # Read by every guest write; changed under lock.
-    uint64_t state          # ARMED -> BROKEN -> CLOSED or ARMED -> CLOSED, never back
+    uint64_t state          # CLOSED until armed; then ARMED -> BROKEN -> CLOSED or ARMED -> CLOSED, never back
     bitmap need
     int shift
     # Fixed when the snapshot is made.
     blk *source             # the disk; belongs to the disk, which outlives the snapshot
     bufpool *pool
+    reserve own             # its part of the pool
+    bufpool bounce          # its readers' bounce buffers: its own, so that they never hold up a guest (R16)
     const uint64_t *clock_skew
     uint64_t size           # bytes, of disk and snapshot
     uint64_t nclusters
@@ -100,8 +116,9 @@ cdef struct snapshot:
     # Under lock.
     pthread_mutex_t lock
     pthread_cond_t changed
+    uint64_t refs           # who may still take the lock; the last frees the snapshot
     uint64_t waiters
-    uint64_t users          # guest writes in their slow path; close waits for them
+    uint64_t users          # requests inside; close waits for them
     bitmap done
     bitmap zero
     bitmap access
@@ -119,7 +136,7 @@ cdef struct snapshot:
     cbw_stats stats
 
 
-cdef struct copy_job:       # freed by the last of writer and copier, under the snapshot's lock
+cdef struct copy_job:       # freed by the last of its owners
     work work               # first: a helper thread finds the job by it
     request claim           # in s.copies until the copy has ended
     snapshot *s
@@ -128,9 +145,10 @@ cdef struct copy_job:       # freed by the last of writer and copier, under the 
     uint64_t read_start     # bytes to read, if `old` is not given
     uint64_t read_end
     old_data *old
-    uint64_t zeroes[4]
+    uint64_t zeroes[ZERO_WORDS]
     uint64_t reserved       # bytes of the target limit
-    int owners
+    bint shared             # the writer wants `old` afterwards, for its other snapshots
+    int owners              # writer and copier; under the snapshot's lock
     bint finished
     int error
     failure why
@@ -140,10 +158,11 @@ cdef struct copy_job:       # freed by the last of writer and copier, under the 
 
 cdef inline int snapshot_init(snapshot *s, blk *source, bufpool *pool, const uint64_t *clock_skew, uint64_t size,
                               int shift, bint scoped) noexcept nogil:
-    """Maps and locks; ARMED from the start, but no guest write sees it before it is linked to its disk.
-    `scoped`: need and access start empty, and the caller fills them."""
+    """Maps and locks; CLOSED until arm(). `scoped`: need and access start empty, and the caller fills them."""
     cdef int rc
     memset(s, 0, sizeof(snapshot))
+    s.state = CLOSED
+    s.refs = 1
     s.target.fd = s.target.tail_fd = -1
     s.source = source
     s.pool = pool
@@ -152,7 +171,7 @@ cdef inline int snapshot_init(snapshot *s, blk *source, bufpool *pool, const uin
     s.shift = shift
     s.nclusters = cluster_count(size, shift)
     pthread_mutex_init(&s.lock, NULL)
-    rc = cond_init(&s.changed) or workers_init(&s.helpers)
+    rc = cond_init(&s.changed) or workers_init(&s.helpers) or bufpool_init(&s.bounce, BOUNCE_BUDGET, BOUNCE)
     if rc == 0:
         rc = bitmap_init(&s.need, s.nclusters, not scoped) or bitmap_init(&s.access, s.nclusters, not scoped)
     if rc == 0:
@@ -160,19 +179,29 @@ cdef inline int snapshot_init(snapshot *s, blk *source, bufpool *pool, const uin
     return rc
 
 
-cdef inline int snapshot_destroy(snapshot *s) noexcept nogil:
-    """Stop the helpers, free the maps and close the target; nobody uses the snapshot any more. 0, or -errno of close."""
-    cdef int rc
+cdef inline int snapshot_release(snapshot *s) noexcept nogil:
+    """Stop the helpers, free the maps, close the target; no request is inside. 0, or -errno of close."""
     workers_stop(&s.helpers)
     bitmap_free(&s.need)
     bitmap_free(&s.done)
     bitmap_free(&s.zero)
     bitmap_free(&s.access)
-    pthread_cond_destroy(&s.changed)
-    pthread_mutex_destroy(&s.lock)
-    rc = blk_close(&s.target)
-    blk_destroy(&s.target)
-    return rc
+    bufpool_unreserve(s.pool, &s.own)
+    return blk_close(&s.target)
+
+
+cdef inline void snapshot_put(snapshot *s) noexcept nogil:
+    cdef bint last
+    pthread_mutex_lock(&s.lock)
+    s.refs -= 1
+    last = s.refs == 0
+    pthread_mutex_unlock(&s.lock)
+    if last:
+        blk_destroy(&s.target)
+        bufpool_destroy(&s.bounce)
+        pthread_cond_destroy(&s.changed)
+        pthread_mutex_destroy(&s.lock)
+        free(s)
 
 
 # ---- waiting ----
@@ -205,12 +234,18 @@ cdef inline int wait(snapshot *s, int64_t deadline) noexcept nogil:
     return 0
 
 
-cdef inline int wait_for(snapshot *s, const request *r, int64_t deadline, failure *why) noexcept nogil:
-    """wait(), and on a timeout say for which range."""
-    cdef uint64_t start = r.start, end = r.end
+cdef inline int wait_for(snapshot *s, uint64_t start, uint64_t end, int64_t deadline, cbw_pass *p) noexcept nogil:
+    """wait() of a guest write for others to be done with [start, end). It gives its buffer back first: they may need it."""
+    cdef old_data *old = p.old
+    if old != NULL:
+        p.old = NULL
+        pthread_mutex_unlock(&s.lock)
+        old_data_put(old)
+        pthread_mutex_lock(&s.lock)
+        return 0
     if wait(s, deadline) == 0:
         return 0
-    return timed_out(s, start, end, why)
+    return timed_out(s, start, end, &p.why)
 
 
 cdef inline int timed_out(snapshot *s, uint64_t start, uint64_t end, failure *why) noexcept nogil:
@@ -236,32 +271,39 @@ cdef inline int reserve_target(snapshot *s, copy_job *job, uint64_t bytes) noexc
     return rc
 
 
+cdef inline int read_old(copy_job *job, uint64_t start, uint64_t end) noexcept nogil:
+    """Read the run [start, end), and more around it where other snapshots may want it and a buffer is at hand."""
+    cdef snapshot *s = job.s
+    if job.read_start < start or end < job.read_end:
+        if old_data_read(s.source, s.pool, NULL, False, job.read_start, job.read_end, &job.old) == 0:
+            return 0
+    return old_data_read(s.source, s.pool, &s.own, True, start, end, &job.old)
+
+
 cdef inline int copy_clusters(copy_job *job) noexcept nogil:
     """Read old, write target. 0, or -errno with job.why.operation set."""
     cdef snapshot *s = job.s
-    cdef uint64_t start = job.first << s.shift, end = cluster_end(job.last - 1, s.shift, s.size), data
+    cdef uint64_t start = job.first << s.shift, end = cluster_end(job.last - 1, s.shift, s.size)
     cdef int rc
     job.why.operation = SOURCE_READ
     if job.old == NULL:
-        rc = old_data_read(s.source, s.pool, job.read_start, job.read_end, &job.old)
-        if rc < 0 and (job.read_start < start or end < job.read_end):
-            rc = old_data_read(s.source, s.pool, start, end, &job.old)     # the fault may lie outside what is needed
+        rc = read_old(job, start, end)
         if rc < 0:
             return rc
     job.why.operation = TARGET_WRITE
-    data = find_zeroes(job.old, job.first, job.last, s.shift, s.size, job.zeroes)
-    rc = reserve_target(s, job, data)
-    if rc == 0:
-        rc = write_target(&s.target, s.pool, job.old, job.first, job.last, s.shift, s.size, job.zeroes, s.target_is_new)
+    rc = reserve_target(s, job, find_zeroes(job.old, job.first, job.last, s.shift, s.size, job.zeroes))
+    if rc < 0:
+        return rc
+    rc = write_target(&s.target, job.old, job.first, job.last, s.shift, s.size, job.zeroes, s.target_is_new)
+    if rc < 0:
+        blk_discard(&s.target, start, end - start)      # the limit counts it no more: give back what did get written
     return rc
 
 
-cdef inline void job_release(copy_job *job) noexcept nogil:
-    """Under lock."""
-    job.owners -= 1
-    if job.owners == 0:
-        old_data_put(job.old)
-        free(job)
+cdef inline void job_free(copy_job *job) noexcept nogil:
+    """By the last owner, without the lock."""
+    old_data_put(job.old)
+    free(job)
 
 
 cdef inline void mark_copied(snapshot *s, copy_job *job) noexcept nogil:
@@ -276,12 +318,8 @@ cdef inline void mark_copied(snapshot *s, copy_job *job) noexcept nogil:
     s.stats.zero_bytes += bytes - job.reserved
 
 
-cdef inline void copy_main(work *w) noexcept nogil:
-    """Do a copy, in the guest's thread or a helper's. After a break, or a close, it counts no more (R8)."""
-    cdef copy_job *job = <copy_job *>w
-    cdef snapshot *s = job.s
-    cdef int rc = copy_clusters(job)
-    pthread_mutex_lock(&s.lock)
+cdef inline void end_copy(snapshot *s, copy_job *job, int rc) noexcept nogil:
+    """Under lock. After a break, or a close, a copy counts no more (R8)."""
     if rc == 0 and s.state == ARMED:
         mark_copied(s, job)
     if rc < 0:
@@ -289,49 +327,33 @@ cdef inline void copy_main(work *w) noexcept nogil:
         s.stats.failures += 1
     job.error = rc
     job.finished = True
+    job.owners -= 1
     reqlist_remove(&s.copies, &job.claim)
     wake(s)
-    job_release(job)
-    pthread_mutex_unlock(&s.lock)
 
 
-cdef inline void start_copy(snapshot *s, copy_job *job, bint may_be_late) noexcept nogil:
-    """Do a claimed copy, with the lock given up meanwhile; where it may be late, a helper thread does it."""
-    cdef int rc = 0
-    pthread_mutex_unlock(&s.lock)
-    if may_be_late:
-        rc = workers_submit(&s.helpers, &job.work)
-    else:
-        copy_main(&job.work)
+cdef inline void copy_main(work *w) noexcept nogil:
+    """Do a copy, in the guest's thread or a helper's."""
+    cdef copy_job *job = <copy_job *>w
+    cdef snapshot *s = job.s
+    cdef bint last
+    cdef int rc = copy_clusters(job)
+    if not job.shared or (job.old != NULL and job.old.own != NULL):
+        old_data_put(job.old)
+        job.old = NULL
     pthread_mutex_lock(&s.lock)
-    if rc < 0:
-        job.error = rc
-        job.finished = True
-        job.why.operation = SOURCE_READ
-        s.stats.failures += 1
-        reqlist_remove(&s.copies, &job.claim)
-        wake(s)
-        job_release(job)
+    end_copy(s, job, rc)
+    last = job.owners == 0
+    pthread_mutex_unlock(&s.lock)
+    if last:
+        job_free(job)
 
 
-cdef struct cbw_pass:       # one guest write's way past the snapshots; of its thread alone
-    old_data *old           # what was read last, for the next snapshot
-    uint64_t span_start     # bytes: read all of it at once where several snapshots are to be served,
-    uint64_t span_end       # else empty
-    failure why
-
-
-cdef inline int copy_own(snapshot *s, uint64_t first, uint64_t last, int64_t deadline, cbw_pass *p) noexcept nogil:
-    """Claim the clusters [first, last), copy them and wait for that. Under lock, given up meanwhile."""
+cdef inline copy_job *new_job(snapshot *s, uint64_t first, uint64_t last, uint64_t start, uint64_t end,
+                              cbw_pass *p) noexcept nogil:
     cdef copy_job *job = <copy_job *>calloc(1, sizeof(copy_job))
-    cdef uint64_t start = first << s.shift, end = cluster_end(last - 1, s.shift, s.size)
-    cdef int rc = 0
-    p.why.offset = start
-    p.why.length = end - start
     if job == NULL:
-        p.why.error = ENOMEM
-        p.why.operation = SOURCE_READ
-        return -ENOMEM
+        return NULL
     job.s = s
     job.work.run = copy_main
     job.owners = 2
@@ -339,33 +361,61 @@ cdef inline int copy_own(snapshot *s, uint64_t first, uint64_t last, int64_t dea
     job.last = last
     job.read_start = start
     job.read_end = end
-    if p.span_start < p.span_end:
+    job.shared = p.span_start < p.span_end
+    if job.shared:
         job.read_start = least(p.span_start, start)
         job.read_end = most(p.span_end, end)
-    if old_data_covers(p.old, start, end):
+    if p.old != NULL:
         job.old = old_data_ref(p.old)
-    else:
-        old_data_put(p.old)             # nobody holds one buffer while waiting for another
-        p.old = NULL
+    return job
+
+
+cdef inline int copy_own(snapshot *s, uint64_t first, uint64_t last, int64_t deadline, cbw_pass *p) noexcept nogil:
+    """Claim the clusters [first, last), copy them and wait for that. Under lock, given up meanwhile.
+
+    With a deadline a helper thread copies, because the guest write may have to go on without it."""
+    cdef uint64_t start = first << s.shift, end = cluster_end(last - 1, s.shift, s.size)
+    cdef copy_job *job
+    cdef int rc = 0
+    p.why.offset = start
+    p.why.length = end - start
+    p.why.operation = SOURCE_READ
+    if p.old != NULL and not old_data_covers(p.old, start, end):
+        return wait_for(s, start, end, deadline, p)     # give it back; the caller looks again
+    job = new_job(s, first, last, start, end, p)
+    if job == NULL:
+        p.why.error = ENOMEM
+        return -ENOMEM
     reqlist_add(&s.copies, &job.claim, start, end)
-    start_copy(s, job, deadline != 0)
+    pthread_mutex_unlock(&s.lock)
+    if deadline:
+        rc = workers_submit(&s.helpers, &job.work)
+    else:
+        copy_main(&job.work)
+    pthread_mutex_lock(&s.lock)
+    if rc < 0:
+        end_copy(s, job, rc)                            # no thread took it
+        rc = 0
     while not job.finished and s.state == ARMED and rc == 0:
         rc = wait(s, deadline)
     if job.finished:
         rc = job.error
         p.why.error = -rc
         p.why.operation = job.why.operation
-        if rc == 0 and p.old == NULL:
-            p.old = old_data_ref(job.old)
+        if p.old == NULL:
+            p.old = job.old                             # taken over, for the next snapshot, or to be given back
+            job.old = NULL
     elif rc < 0:
         timed_out(s, start, end, &p.why)
-    job_release(job)
+    job.owners -= 1
+    if job.owners == 0:
+        job_free(job)                                   # no buffer goes back here: p.old is the same one
     return rc
 
 
 # ---- copy-before-write ----
 
-cdef inline int preserve_run(snapshot *s, uint64_t c, uint64_t end, int64_t deadline, cbw_pass *p) noexcept nogil:
+cdef inline int preserve_run(snapshot *s, uint64_t c, uint64_t end, cbw_visit *v, cbw_pass *p) noexcept nogil:
     """One step of R1 for the needed clusters from `c` on: wait, copy, or clear need. Under lock; the caller looks again.
 
     A second writer waits for the first one's copy and then finds, in the same critical section, either done set
@@ -374,25 +424,24 @@ cdef inline int preserve_run(snapshot *s, uint64_t c, uint64_t end, int64_t dead
     cdef request *r
     if bitmap_test(&s.done, c):
         stop = bitmap_next(&s.done, c, stop, False)
-        r = reqlist_find(&s.frozen, c << s.shift, stop << s.shift)
-        if r != NULL:
-            s.stats.frozen_waits += 1
-            return wait_for(s, r, deadline, &p.why)
+        if reqlist_find(&s.frozen, c << s.shift, stop << s.shift) != NULL:
+            s.stats.frozen_waits += not v.frozen_wait
+            v.frozen_wait = True
+            return wait_for(s, c << s.shift, cluster_end(stop - 1, s.shift, s.size), v.deadline, p)
         bitmap_put(&s.need, c, stop, False)
         return 0
     r = reqlist_find(&s.copies, c << s.shift, (c + 1) << s.shift)
-    if r == NULL and s.copies.count >= s.max_copies:
-        r = s.copies.first
-    if r != NULL:
-        s.stats.copy_waits += 1
-        return wait_for(s, r, deadline, &p.why)
+    if r != NULL or s.copies.count >= s.max_copies:
+        s.stats.copy_waits += not v.copy_wait
+        v.copy_wait = True
+        return wait_for(s, c << s.shift, cluster_end(c, s.shift, s.size), v.deadline, p)
     stop = bitmap_next(&s.done, c, stop, True)
     stop = least(stop, c + most(s.copy_run >> s.shift, 1))
     r = reqlist_find(&s.copies, c << s.shift, stop << s.shift)
     while r != NULL:
         stop = r.start >> s.shift
         r = reqlist_find(&s.copies, c << s.shift, stop << s.shift)
-    return copy_own(s, c, stop, deadline, p)
+    return copy_own(s, c, stop, v.deadline, p)
 
 
 cdef inline void snapshot_break(snapshot *s, const failure *why) noexcept nogil:
@@ -417,35 +466,40 @@ cdef inline void note_wait(cbw_stats *stats, int64_t ns) noexcept nogil:
 
 
 cdef inline bint snapshot_needs(const snapshot *s, uint64_t off, uint64_t n) noexcept nogil:
-    """The fast path of every guest write (R1): no lock, no other map."""
+    """The fast path of every guest write (R1): no lock, no other map. For a caller in flight, or under lock: the map is
+    there as long as the state is ARMED and one of the two holds."""
     return load_acquire(&s.state) == ARMED and bitmap_any(&s.need, off >> s.shift, outer_end(off, n, s.shift))
 
 
-cdef inline int snapshot_preserve(snapshot *s, uint64_t off, uint64_t n, int64_t *spent, cbw_pass *p) noexcept nogil:
+cdef inline int snapshot_preserve(snapshot *s, uint64_t off, uint64_t n, cbw_visit *v, cbw_pass *p) noexcept nogil:
     """Let a guest write pass: after return 0 it needs nothing more of [off, off + n) here, now and for good.
 
-    `spent`: ns of this snapshot's timeout that earlier parts of the same guest write used up; kept up to date.
+    The timeout is for all windows of one guest write together (R8).
     -errno, with p.why filled, where the policy fails the guest write (R9): the snapshot is as valid as before."""
     cdef uint64_t c, end = outer_end(off, n, s.shift)
-    cdef int64_t started, deadline = 0
+    cdef int64_t started
     cdef int rc = 0
-    if not snapshot_needs(s, off, n):
-        return 0
     pthread_mutex_lock(&s.lock)
+    if not snapshot_needs(s, off, n):
+        pthread_mutex_unlock(&s.lock)
+        return 0
+    s.users += 1
     started = now(s)
     if s.timeout_ns:
-        deadline = deadline_after(s, s.timeout_ns - least(spent[0], s.timeout_ns))
+        v.deadline = deadline_after(s, s.timeout_ns - least(v.spent, s.timeout_ns))
     while rc == 0 and s.state == ARMED:
         c = bitmap_next(&s.need, off >> s.shift, end, True)
         if c == end:
             break
-        rc = preserve_run(s, c, end, deadline, p)
+        rc = preserve_run(s, c, end, v, p)
     if s.state != ARMED:
         rc = 0
     elif rc < 0 and s.policy == BREAK_SNAPSHOT:
         snapshot_break(s, &p.why)
         rc = 0
-    spent[0] += now(s) - started
+    v.spent += now(s) - started
+    s.users -= 1
+    wake(s)
     pthread_mutex_unlock(&s.lock)
     return rc
 
@@ -469,12 +523,11 @@ cdef inline int end_read(snapshot *s, reqlist *reads, request *r, int rc) noexce
     return rc
 
 
-cdef inline int64_t read_run(snapshot *s, char *buf, uint64_t n, uint64_t off) noexcept nogil:
+cdef inline int64_t read_run(snapshot *s, char *buf, uint64_t n, uint64_t off, bint *in_target) noexcept nogil:
     """Read one run, from the disk or the target; how many bytes, or an error."""
     cdef uint64_t first = off >> s.shift, stop
     cdef reqlist *reads
     cdef request r
-    cdef bint in_target
     cdef int rc
     n = least(n, READ_RUN)
     pthread_mutex_lock(&s.lock)
@@ -484,20 +537,20 @@ cdef inline int64_t read_run(snapshot *s, char *buf, uint64_t n, uint64_t off) n
     if rc < 0:
         pthread_mutex_unlock(&s.lock)
         return rc
-    in_target = bitmap_test(&s.done, first)
-    stop = bitmap_next(&s.done, first, outer_end(off, n, s.shift), not in_target)
+    in_target[0] = bitmap_test(&s.done, first)
+    stop = bitmap_next(&s.done, first, outer_end(off, n, s.shift), not in_target[0])
     stop = bitmap_next(&s.access, first, stop, False)
     n = least(n, (stop << s.shift) - off)
-    reads = &s.target_reads if in_target else &s.frozen
+    reads = &s.target_reads if in_target[0] else &s.frozen
     reqlist_add(reads, &r, off, off + n)
     pthread_mutex_unlock(&s.lock)
-    rc = blk_read(&s.target if in_target else s.source, s.pool, buf, n, off)
+    rc = blk_read_checked(&s.target if in_target[0] else s.source, &s.bounce, buf, n, off)
     rc = end_read(s, reads, &r, rc)
     return rc if rc < 0 else <int64_t>n
 
 
-cdef inline int snapshot_read(snapshot *s, char *buf, uint64_t n, uint64_t off) noexcept nogil:
-    """Read T0 data, or fail."""
+cdef inline int snapshot_read(snapshot *s, char *buf, uint64_t n, uint64_t off, bint *in_target) noexcept nogil:
+    """Read T0 data, or fail; `in_target` then says which file a -errno comes from."""
     cdef int64_t rc
     if n == 0:
         pthread_mutex_lock(&s.lock)
@@ -505,7 +558,7 @@ cdef inline int snapshot_read(snapshot *s, char *buf, uint64_t n, uint64_t off) 
         pthread_mutex_unlock(&s.lock)
         return <int>rc
     while n:
-        rc = read_run(s, buf, n, off)
+        rc = read_run(s, buf, n, off, in_target)
         if rc < 0:
             return <int>rc
         buf += rc
@@ -517,12 +570,14 @@ cdef inline int snapshot_read(snapshot *s, char *buf, uint64_t n, uint64_t off) 
 cdef inline int64_t snapshot_status(snapshot *s, uint64_t off, uint64_t end, int *flags) noexcept nogil:
     """End of the extent from `off` on, with STATUS_ flags, or an error. It tells of T0, and stays true (R20):
     what the disk is asked about is frozen meanwhile, and copied clusters are answered from the maps."""
-    cdef uint64_t first = off >> s.shift, last = outer_end(off, end - off, s.shift), stop
+    cdef uint64_t first = off >> s.shift, last, stop
     cdef bint value, hole = False
     cdef int64_t pos
     cdef request r
     cdef int rc
     flags[0] = 0
+    end = least(end, off + STATUS_RUN)
+    last = outer_end(off, end - off, s.shift)
     pthread_mutex_lock(&s.lock)
     rc = usable(s)
     if rc < 0:
@@ -541,7 +596,7 @@ cdef inline int64_t snapshot_status(snapshot *s, uint64_t off, uint64_t end, int
         flags[0] |= STATUS_ZERO if value else 0
         pthread_mutex_unlock(&s.lock)
         return <int64_t>least(stop << s.shift, end)
-    end = least(least(stop << s.shift, end), off + STATUS_RUN)
+    end = least(stop << s.shift, end)
     reqlist_add(&s.frozen, &r, off, end)
     pthread_mutex_unlock(&s.lock)
     pos = blk_extent(s.source, off, end, &hole)
@@ -565,19 +620,15 @@ cdef inline uint64_t data_bytes(const snapshot *s, uint64_t first, uint64_t last
         c = stop
 
 
-cdef inline int snapshot_discard(snapshot *s, uint64_t off, uint64_t n) noexcept nogil:
-    """Give up the whole clusters inside the range: no read may see them again, no guest write copies them, and
-    the target's space for them is given back. Reads and copies of them under way are waited for."""
-    cdef uint64_t first = inner_first(off, s.shift), last = inner_end(off, n, s.shift, s.size), start, end, bytes
+cdef inline int discard_clusters(snapshot *s, uint64_t first, uint64_t last) noexcept nogil:
+    """No read may see the clusters [first, last) again, then, when those under way and the copies have ended, no guest
+    write copies them, and then their space is given back."""
+    cdef uint64_t start = first << s.shift, end = cluster_end(last - 1, s.shift, s.size), bytes = 0
     cdef int rc
     pthread_mutex_lock(&s.lock)
     rc = usable(s)
-    if rc < 0 or first >= last:
-        pthread_mutex_unlock(&s.lock)
-        return rc
-    start = first << s.shift
-    end = cluster_end(last - 1, s.shift, s.size)
-    bitmap_put(&s.access, first, last, False)
+    if rc == 0:
+        bitmap_put(&s.access, first, last, False)
     while rc == 0 and (reqlist_find(&s.frozen, start, end) != NULL or reqlist_find(&s.target_reads, start, end) != NULL
                        or reqlist_find(&s.copies, start, end) != NULL):
         wait(s, 0)
@@ -586,18 +637,30 @@ cdef inline int snapshot_discard(snapshot *s, uint64_t off, uint64_t n) noexcept
         bitmap_put(&s.need, first, last, False)
         bytes = data_bytes(s, first, last)
         bitmap_put(&s.done, first, last, False)
-        s.users += 1
         wake(s)
     pthread_mutex_unlock(&s.lock)
-    if rc < 0:
+    if rc < 0 or bytes == 0:
         return rc
     rc = blk_discard(&s.target, start, end - start)
+    if rc == -EOPNOTSUPP:
+        return 0                # the space stays taken, and counted
     pthread_mutex_lock(&s.lock)
-    if rc == 0:
-        s.target_used -= bytes
-    s.users -= 1
-    wake(s)
+    s.target_used -= bytes if rc == 0 else 0
     pthread_mutex_unlock(&s.lock)
+    return rc
+
+
+cdef inline int snapshot_discard(snapshot *s, uint64_t off, uint64_t n) noexcept nogil:
+    """Give up the whole clusters inside the range, a part at a time, for the lock's sake."""
+    cdef uint64_t first = inner_first(off, s.shift), last = inner_end(off, n, s.shift, s.size), stop
+    cdef int rc
+    pthread_mutex_lock(&s.lock)
+    rc = usable(s)
+    pthread_mutex_unlock(&s.lock)
+    while first < last and rc == 0:
+        stop = least(last, first + most(STATUS_RUN >> s.shift, 1))
+        rc = discard_clusters(s, first, stop)
+        first = stop
     return rc
 
 

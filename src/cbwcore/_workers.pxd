@@ -28,7 +28,7 @@ cdef struct workers:
     uint64_t idle               # threads waiting for work
     uint64_t count              # threads started; each is joined by workers_stop()
     bint stopping
-    pthread_t threads[64]
+    pthread_t threads[MAX_WORKERS]
 
 
 cdef inline void *worker_main(void *arg) noexcept nogil:

@@ -5,6 +5,7 @@ Names follow QEMU's block-dirty-bitmap commands.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,6 @@ class DirtyBitmap(BitmapCore):
     def __init__(self, size: int, granularity: int = 65536, *, name: str = "") -> None:
         self.name = name
         self._disk: Disk | None = None
-        self._enabled = False
 
     def __repr__(self) -> str:
         state = "recording" if self.enabled else "disabled"
@@ -54,31 +54,36 @@ class DirtyBitmap(BitmapCore):
             f"<DirtyBitmap {self.name!r} {self.count()} of {self.size} bytes, granularity {self.granularity}, {state}>"
         )
 
-    @property
-    def enabled(self) -> bool:
-        """Whether guest writes are recorded."""
-        return self._enabled
-
     def enable(self) -> None:
         """Record guest writes: all that complete after this returns (QMP block-dirty-bitmap-enable). Needs a disk."""
-        if self._disk is None:
-            raise ConfigError(f"bitmap {self.name!r} belongs to no disk; use disk.bitmaps.add()")
-        with self._disk._admin:
-            self._record(self._disk)
-            self._enabled = True
+        with self._owner() as disk:
+            if disk is None:
+                raise ConfigError(f"bitmap {self.name!r} belongs to no disk; use disk.bitmaps.add()")
+            disk._check_open()
+            self._record(disk)
 
     def disable(self) -> None:
         """Stop recording (QMP block-dirty-bitmap-disable)."""
-        self._record(None)
-        self._enabled = False
+        with self._owner():
+            self._record(None)
 
     def clear(self) -> None:
         """Make all clean, at a moment when no guest write is in flight (QMP block-dirty-bitmap-clear)."""
-        self._reset()
+        with self._owner():
+            self._reset()
+
+    @contextlib.contextmanager
+    def _owner(self) -> Iterator[Disk | None]:
+        """The disk that has this bitmap, or None; it does not change meanwhile."""
+        disk = self._disk
+        with disk._admin if disk is not None else contextlib.nullcontext():
+            yield self._disk
 
     def merge(self, *others: DirtyBitmap) -> None:
         """Add what others have (QMP block-dirty-bitmap-merge); a bit rounds outward to this granularity."""
         for other in others:
+            if not isinstance(other, DirtyBitmap):
+                raise ConfigError(f"a DirtyBitmap merges DirtyBitmaps, not {type(other).__name__}")
             if other.size != self.size:
                 raise ConfigError(f"bitmap {other.name!r} is of {other.size} bytes, not {self.size}")
         for other in others:
@@ -112,11 +117,16 @@ class DirtyBitmap(BitmapCore):
 
     def ranges(self, offset: int = 0) -> Iterator[tuple[int, int]]:
         """The marked ranges from ``offset`` on, as (offset, length) in bytes, lazily; at memory speed between them."""
-        bit = offset // self.granularity
-        while (bit := self._next(bit, True)) < len(self):
-            stop = self._next(bit, False)
-            yield bit * self.granularity, min(stop * self.granularity, self.size) - bit * self.granularity
-            bit = stop
+        self._check(offset, 0)
+        return self._ranges(offset) if offset < self.size else iter(())
+
+    def _ranges(self, offset: int) -> Iterator[tuple[int, int]]:
+        run, size, granularity = self._run, self.size, self.granularity
+        first, end = run(offset // granularity)
+        while first < end:
+            start = max(first * granularity, offset)
+            yield start, min(end * granularity, size) - start
+            first, end = run(end)
 
     def numpy(self) -> NDArray[np.uint8]:
         """The map's bytes as a read-only array that shares its memory (``np.unpackbits(a, bitorder="little")``)."""

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from cbwcore._cbwcore import DiskCore
 from cbwcore.bitmaps import Bitmaps, DirtyBitmap
 from cbwcore.errors import ConfigError
-from cbwcore.extents import Extent, check_range, walk
+from cbwcore.extents import Extent, check_bitmap, check_range, walk
 from cbwcore.files import open_disk
 from cbwcore.policy import OnCbwError
 from cbwcore.snapshot import Snapshot, snapshot_group
 from cbwcore.stats import DiskStats
 
 __all__ = ["Disk", "choose_engine"]
-
-logger = logging.getLogger(__name__)
 
 ENGINES = ("auto", "psync", "io_uring")
 
@@ -43,6 +42,7 @@ class Disk(DiskCore):
     def __init__(
         self, path: str | os.PathLike[str], *, direct: bool = False, io: str = "auto", read_only: bool = False
     ) -> None:
+        self._check_new()
         self.direct = direct
         self.read_only = read_only
         self.io = choose_engine(io)[0]
@@ -105,6 +105,7 @@ class Disk(DiskCore):
 
         With ``bitmap``, split by its bits. ConfigError, OSError, ValueError after close."""
         end = check_range(offset, length, self.size)
+        check_bitmap(bitmap, self.size)
         return walk(self._extent_at, offset, end, bitmap)
 
     def _extent_at(self, offset: int, end: int) -> Extent:
@@ -123,13 +124,21 @@ class Disk(DiskCore):
         )
 
     def close(self) -> None:
-        """Close the snapshots, let requests under way finish, close the disk. It does not flush. Again does nothing."""
-        with self._admin:
+        """Close the snapshots, let requests under way finish, close the disk. It does not flush. Again does nothing.
+
+        All of it happens, whatever fails; then the error is raised: OSError of a close."""
+        if self.closed:
+            return
+        with self._admin, contextlib.ExitStack() as steps:  # backwards
+            steps.callback(self._close)
+            for bitmap in self.bitmaps.values():
+                steps.callback(bitmap.disable)
             for snapshot in self.snapshots:
-                snapshot.close()
-            for name in self.bitmaps:
-                self.bitmaps[name].disable()
-            self._close()
+                steps.callback(snapshot.close)
+
+    def __del__(self) -> None:
+        if not self.closed:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -137,5 +146,6 @@ class Disk(DiskCore):
 
     def _report_breaks(self) -> None:
         """Called by the core after a guest write that met a break."""
-        for snapshot in self.snapshots:
-            snapshot._tell_break()
+        with contextlib.ExitStack() as all_of_them:
+            for snapshot in self.snapshots:
+                all_of_them.callback(snapshot._tell_break)

@@ -14,6 +14,8 @@ Failures of the disk itself are plain ``OSError(errno, text, path)``; use after 
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "CbwError",
     "ConfigError",
@@ -45,10 +47,14 @@ class CopyBeforeWriteError(CbwError, OSError):
 
     def __init__(self, errno: int, text: str, operation: str, offset: int, length: int) -> None:
         super().__init__(errno, f"copy-before-write failed in {operation} at offset {offset}, length {length}: {text}")
+        self._made_from = (errno, text, operation, offset, length)
         self.operation = operation
         self.offset = offset
         self.length = length
         self.time: float | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._made_from, {"time": self.time}
 
 
 class SnapshotBrokenError(CbwError, OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import index
 from typing import TYPE_CHECKING, NamedTuple
 
 from cbwcore.errors import ConfigError
@@ -30,6 +31,7 @@ class Extent(NamedTuple):
 
 def check_range(offset: int, length: int | None, size: int) -> int:
     """The end of a range inside ``size`` bytes; ConfigError."""
+    offset, length = index(offset), None if length is None else index(length)
     if offset < 0 or offset > size:
         raise ConfigError(f"offset {offset} is outside 0..{size}")
     if length is None:
@@ -37,6 +39,12 @@ def check_range(offset: int, length: int | None, size: int) -> int:
     if length < 0 or length > size - offset:
         raise ConfigError(f"offset {offset} length {length} reaches past the end, {size} bytes")
     return offset + length
+
+
+def check_bitmap(bitmap: DirtyBitmap | None, size: int) -> None:
+    """Refuse to split the extents of ``size`` bytes by a bitmap of another size."""
+    if bitmap is not None and bitmap.size != size:
+        raise ConfigError(f"bitmap {bitmap.name!r} is of {bitmap.size} bytes, not {size}")
 
 
 def walk(

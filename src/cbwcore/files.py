@@ -20,7 +20,10 @@ __all__ = ["BlockFile", "create_target", "open_disk", "open_target"]
 logger = logging.getLogger(__name__)
 
 BLKSSZGET = 0x1268  # <linux/fs.h>: the logical block size
-PAGE = 4096
+BLKROGET = 0x125E  # whether the device is read-only
+LOOP_GET_STATUS64 = 0x4C05  # <linux/loop.h>: struct loop_info64 begins with device, inode, rdevice, offset
+LOOP_INFO_SIZE = 232
+PAGE = os.sysconf("SC_PAGE_SIZE")
 OPEN_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK  # or a FIFO, which check_kind() refuses, would block the open for ever
 Path = str | os.PathLike[str]
 
@@ -74,14 +77,6 @@ def lock(fd: int, exclusive: bool) -> bool:
     return True
 
 
-def same_file(a: int, b: int) -> bool:
-    """Whether two descriptors are of one file, or of one device by different nodes."""
-    x, y = os.fstat(a), os.fstat(b)
-    if stat.S_ISBLK(x.st_mode) and stat.S_ISBLK(y.st_mode):
-        return x.st_rdev == y.st_rdev
-    return (x.st_dev, x.st_ino) == (y.st_dev, y.st_ino)
-
-
 @contextlib.contextmanager
 def closed_on_error(fd: int) -> Iterator[int]:
     """``fd``, closed if what is done with it fails."""
@@ -92,6 +87,45 @@ def closed_on_error(fd: int) -> Iterator[int]:
         raise
 
 
+class Storage(NamedTuple):
+    """The bytes that a descriptor is of: of a file, of a device, or, behind a loop device, of its file."""
+
+    where: tuple[int, ...]
+    start: int
+    end: int
+
+
+def storage(fd: int) -> Storage:
+    """What ``fd`` stores its bytes in, whatever name it was opened by."""
+    status = os.fstat(fd)
+    size = os.lseek(fd, 0, os.SEEK_END)
+    if stat.S_ISREG(status.st_mode):
+        return Storage((status.st_dev, status.st_ino), 0, size)
+    try:
+        info = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO_SIZE))
+    except OSError:  # another kind of device
+        return Storage((status.st_rdev,), 0, size)
+    device, inode, _, offset = struct.unpack_from("QQQQ", info)
+    return Storage((device, inode), offset, offset + size)
+
+
+def overlap(a: Storage, b: Storage) -> bool:
+    """Whether two descriptors are of the same bytes."""
+    return a.where == b.where and a.start < b.end and b.start < a.end
+
+
+def open_for(path: Path, flags: int) -> int:
+    """Open a file, or a block device, which is then ours alone in the kernel's eyes too: by any node, or mounted.
+
+    OSError; EROFS for a device that does not take writes."""
+    exclusive = flags & os.O_ACCMODE == os.O_RDWR and stat.S_ISBLK(os.stat(path).st_mode)
+    fd = os.open(path, flags | OPEN_FLAGS | (os.O_EXCL if exclusive else 0))
+    with closed_on_error(fd):
+        if exclusive and struct.unpack("i", fcntl.ioctl(fd, BLKROGET, bytes(4)))[0]:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+    return fd
+
+
 def check_kind(fd: int, path: Path) -> None:
     """Only regular files and block devices are disks and targets."""
     mode = os.fstat(fd).st_mode
@@ -99,32 +133,36 @@ def check_kind(fd: int, path: Path) -> None:
         raise ConfigError(f"{os.fspath(path)} is neither a regular file nor a block device")
 
 
-def describe(fd: int, direct: bool) -> BlockFile:
-    """What the core needs to know of ``fd``; the last step of opening, for it may open the tail's descriptor."""
+def describe(fd: int, path: Path, size: int, direct: bool) -> BlockFile:
+    """What the core needs to know of ``fd``, whose first ``size`` bytes are used; the last step of opening, for it may
+    open the tail's descriptor."""
     is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
-    size = os.lseek(fd, 0, os.SEEK_END)
     mem_align, align = direct_alignment(fd, is_device) if direct else (1, 1)
     zero_align = max(align, logical_block_size(fd)) if is_device else align
     if size % align == 0:
         return BlockFile(fd, -1, size, size, align, mem_align, zero_align, is_device)
     access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-    tail_fd = os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC)
+    try:
+        tail_fd = os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, os.fspath(path)) from None
     return BlockFile(fd, tail_fd, size, size - size % max(align, PAGE), align, mem_align, zero_align, is_device)
 
 
 def open_disk(path: Path, *, direct: bool, read_only: bool) -> BlockFile:
     """Open and lock a disk: alone, or with other readers where ``read_only``. OSError; ConfigError if it is in use."""
     name = os.fspath(path)
-    flags = (os.O_RDONLY if read_only else os.O_RDWR) | OPEN_FLAGS | (os.O_DIRECT if direct else 0)
     try:
-        with closed_on_error(os.open(path, flags)) as fd:
+        with closed_on_error(open_for(path, os.O_RDONLY if read_only else os.O_RDWR)) as fd:
             check_kind(fd, path)
             if not lock(fd, exclusive=not read_only):
                 raise ConfigError(f"{name} is in use: another process or Disk has it locked")
-            return describe(fd, direct)
+            if direct and not set_direct(fd):
+                raise ConfigError(f"{name}: its file system has no O_DIRECT; open it with direct=False")
+            return describe(fd, path, os.lseek(fd, 0, os.SEEK_END), direct)
     except OSError as e:
-        if direct and e.errno == errno.EINVAL:
-            raise ConfigError(f"{name}: its file system has no O_DIRECT; open it with direct=False") from None
+        if e.errno == errno.EBUSY:
+            raise ConfigError(f"{name} is in use: it is mounted, or another program has it for itself") from e
         raise
 
 
@@ -132,18 +170,22 @@ def open_target(path: Path, disk: BlockFile, *, direct: bool) -> BlockFile:
     """Open, check and lock an existing target for one snapshot alone; ConfigError says what is wrong with it."""
     name = os.fspath(path)
     try:
-        with closed_on_error(os.open(path, os.O_RDWR | OPEN_FLAGS)) as fd:
+        with closed_on_error(open_for(path, os.O_RDWR)) as fd:
             check_kind(fd, path)
-            size = os.lseek(fd, 0, os.SEEK_END)
-            if same_file(fd, disk.fd):
+            own = storage(fd)
+            if overlap(own, storage(disk.fd)):
                 raise ConfigError(f"target {name} is the disk itself")
-            if size < disk.size:
-                raise ConfigError(f"target {name} is {size} bytes, less than the disk's {disk.size}")
+            if own.end - own.start < disk.size:
+                raise ConfigError(f"target {name} is {own.end - own.start} bytes, less than the disk's {disk.size}")
             if not lock(fd, exclusive=True):
                 raise ConfigError(f"target {name} is in use: another process or snapshot has it locked")
-            return describe(fd, direct and set_direct(fd, name))
+            return describe(fd, path, disk.size, direct_target(fd, name, direct))
     except OSError as e:
-        raise ConfigError(f"target {name} cannot be opened for writing: {e.strerror}") from e
+        if e.errno != errno.EBUSY:
+            raise ConfigError(f"target {name} cannot be opened for writing: {e.strerror}") from e
+        same = os.stat(path).st_rdev == os.fstat(disk.fd).st_rdev
+        why = "the disk itself" if same else "in use: it is mounted, or another program or snapshot has it for itself"
+        raise ConfigError(f"target {name} is {why}") from e
 
 
 def create_target(path: Path | None, disk: BlockFile, disk_path: Path, *, direct: bool) -> BlockFile:
@@ -164,19 +206,28 @@ def create_target(path: Path | None, disk: BlockFile, disk_path: Path, *, direct
             os.ftruncate(fd, disk.size)
             if not lock(fd, exclusive=True):
                 raise ConfigError(f"{name} is in use: another process has it locked")
-            target = describe(fd, direct and set_direct(fd, name))
+            target = describe(fd, name, disk.size, direct_target(fd, name, direct))
         except OSError as e:
             raise ConfigError(f"{name} of {disk.size} bytes cannot be created: {e.strerror}") from e
         undo.pop_all()
     return target
 
 
-def set_direct(fd: int, name: str) -> bool:
-    """Switch an open target to O_DIRECT; False, and a line in the log, where its file system has none."""
+def set_direct(fd: int) -> bool:
+    """Switch to O_DIRECT; False where the file system has none."""
     try:
         direct_alignment(fd, stat.S_ISBLK(os.fstat(fd).st_mode))
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
     except OSError as e:
-        logger.warning("%s: no O_DIRECT (%s), its writes are buffered", name, e.strerror)
-        return False
+        if e.errno == errno.EINVAL:
+            return False
+        raise
     return True
+
+
+def direct_target(fd: int, name: str, wanted: bool) -> bool:
+    """Whether a target is used with O_DIRECT: as its disk is, where its file system has it; else the log says so."""
+    if wanted and not set_direct(fd):
+        logger.warning("%s: its file system has no O_DIRECT, its writes are buffered", name)
+        return False
+    return wanted

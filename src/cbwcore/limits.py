@@ -14,8 +14,8 @@ MIN_COPY_BUFFERS = 1 << 20
 
 
 def _checked(what: str, value: int, least: int, most: int) -> int:
-    if not least <= value <= most:
-        raise ConfigError(f"{what} {value} is outside {least}..{most}")
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{what} {value!r} is no number in {least}..{most}")
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -66,8 +65,9 @@ class SnapshotOptions(msgspec.Struct, frozen=True, kw_only=True):
         check_policy(self.on_cbw_error)
         timeout_ns(self.cbw_timeout)
         check_cluster_size(self.cluster_size)
-        if self.target_limit is not None and not 0 <= self.target_limit < 2**63:
-            raise ConfigError(f"target_limit {self.target_limit} is outside 0..{2**63 - 1}")
+        limit = self.target_limit
+        if limit is not None and not (isinstance(limit, int) and 0 <= limit < 2**63):
+            raise ConfigError(f"target_limit {limit!r} is no number of bytes in 0..{2**63 - 1}")
         if self.name is not None:
             check_name(self.name)
 
@@ -76,10 +76,14 @@ class SnapshotOptions(msgspec.Struct, frozen=True, kw_only=True):
         """Options from QEMU's ``blockdev-add`` arguments for its copy-before-write driver (QAPI BlockdevOptionsCbw).
 
         ``min-cluster-size`` becomes max(65536, value), as in QEMU. Unknown keys are refused by name (ConfigError)."""
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"copy-before-write options are a mapping, not {type(options).__name__}")
         try:
             q = msgspec.convert(dict(options), _QapiCbw)
         except msgspec.ValidationError as e:
             raise ConfigError(f"copy-before-write options: {e}") from None
+        if q.min_cluster_size < 0:
+            raise ConfigError(f"min-cluster-size {q.min_cluster_size} is below 0")
         if q.driver != "copy-before-write":
             raise ConfigError(f"driver {q.driver!r} is not 'copy-before-write'")
         return cls(
@@ -93,7 +97,8 @@ class SnapshotOptions(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def take(self, disk: Disk) -> Snapshot:
-        """`Disk.snapshot` with these options; a bitmap given by name is looked up in ``disk.bitmaps``."""
+        """`Disk.snapshot` with these options. A bitmap given by name is looked up in ``disk.bitmaps``; ``file`` and the
+        bitmap's node say which disk that is to be, and the caller has found it."""
         return disk.snapshot(
             self.target,
             name=self.name,
@@ -116,7 +121,7 @@ def check_policy(value: str) -> OnCbwError:
 
 def timeout_ns(seconds: float) -> int:
     """A timeout in ns. 0 is none; any other length of time holds, and none wraps (QEMU's did at 4.29 s)."""
-    if not isinstance(seconds, (int, float)) or math.isnan(seconds) or seconds < 0:
+    if not isinstance(seconds, (int, float)) or not seconds >= 0:
         raise ConfigError(f"cbw_timeout {seconds!r} is not a number of seconds from 0 on")
     if seconds >= MAX_TIMEOUT_NS / 1e9:
         return MAX_TIMEOUT_NS

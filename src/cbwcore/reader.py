@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from cbwcore.errors import ConfigError
@@ -33,6 +34,7 @@ class SnapshotFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """Move to ``offset`` bytes from start, position or end; past the end, reads give nothing."""
         self._check()
+        offset = index(offset)
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._snapshot.size}
         if whence not in base:
             raise ConfigError(f"whence {whence} is not 0, 1 or 2")

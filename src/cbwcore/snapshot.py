@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 from cbwcore._cbwcore import POLICIES, STATES, SnapshotCore, arm_snapshots
 from cbwcore.bitmaps import DirtyBitmap, as_scope
 from cbwcore.errors import ConfigError, CopyBeforeWriteError
-from cbwcore.extents import Extent, check_range, walk
+from cbwcore.extents import Extent, check_bitmap, check_range, walk
 from cbwcore.files import BlockFile, create_target, open_target
 from cbwcore.limits import limits
 from cbwcore.options import BitmapRef, SnapshotOptions, check_cluster_size, check_policy, timeout_ns
@@ -40,7 +42,7 @@ class Snapshot(SnapshotCore):
         self._on_cbw_error = check_policy(options.on_cbw_error)
         self._cbw_timeout = options.cbw_timeout
         self._error: CopyBeforeWriteError | None = None
-        self._told = False
+        self._closing = threading.RLock()
 
     def __repr__(self) -> str:
         return f"<Snapshot {self.name!r} of {self.disk.path}, {self.state}>"
@@ -88,7 +90,7 @@ class Snapshot(SnapshotCore):
 
     def open(self) -> SnapshotFile:
         """The T0 data as a read-only raw file object."""
-        self._extent(0, 0) if self.size == 0 else self.pread(0, 0)
+        self.pread(0, 0)
         return SnapshotFile(self)
 
     def block_status(
@@ -99,6 +101,7 @@ class Snapshot(SnapshotCore):
         What is called zero reads as zeroes, whatever the guest does meanwhile (R20). With ``bitmap``, split by its
         bits. Raises as `pread`, but not outside the scope: such an extent has ``access`` False."""
         end = check_range(offset, length, self.size)
+        check_bitmap(bitmap, self.size)
         return walk(self._extent_at, offset, end, bitmap)
 
     def _extent_at(self, offset: int, end: int) -> Extent:
@@ -114,22 +117,33 @@ class Snapshot(SnapshotCore):
 
         Guest writes that wait for it go on, copies under way are waited for (R8), the target is closed, and stays
         where it is if it has a name. OSError where the target's close reports one."""
-        self._error = self.error
-        with self.disk._admin:
-            self.disk._snapshots.pop(self, None)
-        self._close()
+        if self.disk.closed:
+            return  # and so is this; in the child of a fork, nothing is this process's to close
+        with self._closing, contextlib.ExitStack() as steps:  # backwards; the disk waits for it before it closes
+            steps.callback(self.disk._snapshots.pop, self, None)
+            steps.callback(self._close)
+            steps.callback(self._tell_break)
+            self._error = self.error
+
+    def __del__(self) -> None:
+        if self.state != SnapshotState.CLOSED:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
+
+    def _target_path(self) -> str | None:
+        return None if self.target is None else os.fspath(self.target)
 
     def _tell_break(self) -> None:
-        """Once, in the guest thread that met the break, after its write is done."""
-        cause = self.error
-        if cause is None or self._told:
-            return
-        self._told = True
-        tell_break(self, cause, self._on_break)
+        """Once after a break, by whoever comes first: a guest write that met it, or close()."""
+        if self._take_break():
+            cause = self.error
+            assert cause is not None
+            tell_break(self, cause, self._on_break)
 
 
 def _open_target(disk: Disk, path: str | os.PathLike[str] | None) -> tuple[BlockFile, bool]:
     """The target, and whether it is new, so that it reads as zeroes."""
+    if path is not None and "\0" in os.fsdecode(path):
+        raise ConfigError(f"target {os.fsdecode(path)!r} has a NUL in its name")
     if path is not None and os.path.exists(path):
         return open_target(path, disk._file, direct=disk.direct), False
     return create_target(path, disk._file, disk.path, direct=disk.direct), True
@@ -211,8 +225,9 @@ def snapshot_group(
                     target_limit=target_limit,
                 )
                 snapshots.append(_prepare(disk, options, on_break, undo))
-            arm_snapshots(snapshots)
             for snapshot in snapshots:
-                snapshot.disk._snapshots[snapshot] = None
+                undo.callback(snapshot.disk._snapshots.pop, snapshot, None)
+                snapshot.disk._snapshots[snapshot] = None  # before T0: whoever meets a break must find whom to tell
+            arm_snapshots(snapshots)
             undo.pop_all()
     return snapshots

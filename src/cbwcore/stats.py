@@ -41,9 +41,9 @@ class SnapshotStats(msgspec.Struct, frozen=True, kw_only=True):
     wait_histogram: tuple[tuple[float, int], ...]
     """(upper bound in seconds, guest writes held up for less than that, down to half of it), where there are any."""
     copy_waits: int
-    """Times that a guest write waited for the copy of another."""
+    """Of these, those that waited for the copy of another."""
     frozen_waits: int
-    """Times that a guest write waited for a snapshot read (R6)."""
+    """Of these, those that waited for a snapshot read (R6)."""
     target_bytes: int
     """Bytes of the target that copies take; what ``target_limit`` limits."""
     target_allocated: int
