@@ -197,7 +197,7 @@ cdef class BitmapCore:
         """Set every bit whose range touches a set bit of ``other``."""
         cdef uint64_t size = self.size
         with nogil:
-            merge_bits(&self.map, self.shift, &other.map, other.shift, size)
+            merge_bits(&self.map, NULL, self.shift, &other.map, other.shift, size)
 
     def _reset(self):
         cdef int rc
@@ -239,7 +239,10 @@ cdef class BitmapCore:
         self.recorded_by = recorder
 
 
-cdef void merge_bits(bitmap *into, int shift, const bitmap *other, int other_shift, uint64_t size) noexcept nogil:
+cdef void merge_bits(bitmap *into, bitmap *also, int shift, const bitmap *other, int other_shift,
+                     uint64_t size) noexcept nogil:
+    """Set in `into`, and in `also` if there is one, what touches a set bit of `other`, which may be changing: both get the
+    same."""
     cdef uint64_t bit = 0, stop, start, end
     while True:
         bit = bitmap_next(other, bit, other.nbits, True)
@@ -249,6 +252,8 @@ cdef void merge_bits(bitmap *into, int shift, const bitmap *other, int other_shi
         start = bit << other_shift
         end = least(stop << other_shift, size)
         bitmap_put(into, start >> shift, outer_end(start, end - start, shift), True)
+        if also != NULL:
+            bitmap_put(also, start >> shift, outer_end(start, end - start, shift), True)
         bit = stop
 
 
@@ -462,6 +467,8 @@ cdef class SnapshotCore:
     cdef disk *d                       # owns one of its references
     cdef uint64_t generation
     cdef bint linked
+    cdef failure last_cause            # s.cause and s.break_unreported, from close on
+    cdef bint last_unreported
     cdef uint64_t guest_writes_before
     cdef readonly DiskCore _disk
     cdef object faults
@@ -499,12 +506,18 @@ cdef class SnapshotCore:
         cdef snapshot *s = self.s
         cdef disk *d = self.d
         cdef bint linked = self.linked
+        cdef failure cause
+        cdef bint unreported
         self.s = NULL                  # under the GIL: no request enters from here; those inside are waited for
         with nogil:
             if linked:
                 disarm(d, s)
+            cause = s.cause
+            unreported = s.break_unreported
             rc = snapshot_release(s)
             snapshot_put(s)
+        self.last_cause = cause
+        self.last_unreported = unreported
         return rc
 
     def _attach(self, fd, tail_fd, size, direct_end, align, mem_align, zero_align, bint is_device, bint is_new,
@@ -550,8 +563,7 @@ cdef class SnapshotCore:
     def _add_scope(self, BitmapCore source not None):
         """Put every cluster that touches a set bit of ``source`` into the scope."""
         with nogil:
-            merge_bits(&self.s.need, self.s.shift, &source.map, source.shift, self.s.size)
-            merge_bits(&self.s.access, self.s.shift, &source.map, source.shift, self.s.size)
+            merge_bits(&self.s.need, &self.s.access, self.s.shift, &source.map, source.shift, self.s.size)
 
     cdef snapshot *open(self) except NULL:
         """The snapshot, pinned: the caller gives it back with done_with()."""
@@ -587,7 +599,12 @@ cdef class SnapshotCore:
 
     def _take_break(self):
         """True for one caller after a break, False for all others."""
-        if self.s == NULL or self.generation != fork_generation:
+        cdef bint taken
+        if self.s == NULL:
+            taken = self.last_unreported
+            self.last_unreported = False
+            return bool(taken)
+        if self.generation != fork_generation:
             return False
         pthread_mutex_lock(&self.s.lock)
         taken = self.s.break_unreported
@@ -601,15 +618,12 @@ cdef class SnapshotCore:
 
     def _cause(self):
         """The first failure, as a CopyBeforeWriteError; None while there is none."""
-        cdef failure why
-        cdef bint broken
-        if self.s == NULL or self.generation != fork_generation:
-            return None
-        pthread_mutex_lock(&self.s.lock)
-        broken = self.s.cause.error != 0
-        why = self.s.cause
-        pthread_mutex_unlock(&self.s.lock)
-        return cbw_error(&why) if broken else None
+        cdef failure why = self.last_cause
+        if self.s != NULL and self.generation == fork_generation:
+            pthread_mutex_lock(&self.s.lock)
+            why = self.s.cause
+            pthread_mutex_unlock(&self.s.lock)
+        return cbw_error(&why) if why.error else None
 
     def pread(self, length, offset):
         """Read ``length`` bytes at ``offset`` (both bytes) as they were at T0.
@@ -749,6 +763,8 @@ cdef class SnapshotCore:
 
     def _inject(self, FaultPlan plan):
         """For tests: as DiskCore._inject(), for the target."""
+        if self.s == NULL:
+            raise ValueError("the snapshot is closed")
         self.s.target.faults = plan.plan if plan is not None else NULL
         self.s.target.ops = &FAULTY if plan is not None else &PSYNC
         self.faults = plan

@@ -119,11 +119,15 @@ class Snapshot(SnapshotCore):
         where it is if it has a name. OSError where the target's close reports one."""
         if self.disk.closed:
             return  # and so is this; in the child of a fork, nothing is this process's to close
-        with self._closing, contextlib.ExitStack() as steps:  # backwards; the disk waits for it before it closes
-            steps.callback(self.disk._snapshots.pop, self, None)
-            steps.callback(self._close)
-            steps.callback(self._tell_break)
-            self._error = self.error
+        self._error = self.error
+        try:
+            with self._closing:  # close() of the disk waits here, too, and closes it only then
+                try:
+                    self._close()
+                finally:
+                    self.disk._snapshots.pop(self, None)
+        finally:
+            self._tell_break()
 
     def __del__(self) -> None:
         if self.state != SnapshotState.CLOSED:

@@ -38,11 +38,11 @@ from cbwcore._cbwcore import FaultPlan
 PAGE = 4096
 DISKS = 2
 SOURCE_ERROR, TARGET_ERROR, TARGET_READ_ERROR, DISK_ERROR = errno.EREMOTEIO, errno.EL2HLT, errno.EL3RST, errno.EBADE
-ZERO, UNKNOWN = 0, -1       # what a unit holds, beside the number of a request
+ZERO, UNKNOWN = 0, -1  # what a unit holds, beside the number of a request
 PLACE = os.environ.get("CBWCORE_TEST_DIR") or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
 
 
-class Failed(AssertionError):
+class WrongError(AssertionError):
     """A byte, an error or a state that must not be."""
 
 
@@ -53,7 +53,7 @@ def join_all(threads: list[threading.Thread], limit: float) -> None:
         t.join(max(end - time.monotonic(), 0))
         if t.is_alive():
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
-            raise Failed(f"{t.name} hangs")
+            raise WrongError(f"{t.name} hangs")
 
 
 class Op:
@@ -69,16 +69,24 @@ class Op:
 class Side:
     """A snapshot of one disk, and what readers saw in it."""
 
-    def __init__(self, snap: cbwcore.Snapshot, disk: int, plan: FaultPlan, units: int, scope: set[int] | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        snap: cbwcore.Snapshot,
+        disk: int,
+        plan: FaultPlan,
+        units: int,
+        scope: set[int] | None,
+        options: dict[str, Any],
+    ) -> None:
         self.snap = snap
         self.disk = disk
         self.plan = plan
         self.scope = scope
         self.options = options
-        self.seen = np.full(units, -2, dtype=np.int64)      # per unit: what T0 holds, -2 while nobody read it
-        self.lock = threading.Lock()                        # guards `seen`
-        self.given_up: set[int] = set()                     # clusters whose discard has returned
-        self.giving_up: set[int] = set()                    # or begun
+        self.seen = np.full(units, -2, dtype=np.int64)  # per unit: what T0 holds, -2 while nobody read it
+        self.lock = threading.Lock()  # guards `seen`
+        self.given_up: set[int] = set()  # clusters whose discard has returned
+        self.giving_up: set[int] = set()  # or begun
         self.closing = False
         self.may_break = options["on_cbw_error"] == "break-snapshot"
         self.broken = 0
@@ -87,7 +95,17 @@ class Side:
 class Oracle:
     """One run."""
 
-    def __init__(self, seed: int, seconds: float, *, direct: bool = False, unit: int = 512, writers: int = 4, readers: int = 3, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        seconds: float,
+        *,
+        direct: bool = False,
+        unit: int = 512,
+        writers: int = 4,
+        readers: int = 3,
+        verbose: bool = False,
+    ) -> None:
         self.seed, self.seconds, self.direct, self.unit = seed, seconds, direct, unit
         self.writers, self.readers = writers, readers
         self.random = random.Random(seed)
@@ -96,8 +114,10 @@ class Oracle:
         self.errors: list[BaseException] = []
         self.count: Counter[str] = Counter()
         self.logs: list[list[Op]] = [[] for _ in range(writers)]
-        self.turns = [threading.Lock() for _ in range(writers)]     # held by a writer during a request; the operator takes all to pause
-        self.live: list[Side] = []                                  # snapshots that readers read
+        self.turns = [
+            threading.Lock() for _ in range(writers)
+        ]  # held by a writer during a request; the operator takes all to pause
+        self.live: list[Side] = []  # snapshots that readers read
         self.past: list[tuple[list[Side], list[int], list[int]]] = []
         self.timeouts_used = self.limits_used = False
         self.dir = tempfile.mkdtemp(prefix="cbw-oracle-", dir=PLACE)
@@ -108,7 +128,9 @@ class Oracle:
         """The bytes of a unit: 24 bytes again and again."""
         if number == ZERO:
             return bytes(self.unit)
-        head = np.array([disk << 48 | index, number, (number * 0x9E3779B97F4A7C15 + index * 31 + disk) & (2**63 - 1)], dtype="<i8").tobytes()
+        head = np.array(
+            [disk << 48 | index, number, (number * 0x9E3779B97F4A7C15 + index * 31 + disk) & (2**63 - 1)], dtype="<i8"
+        ).tobytes()
         return (head * (self.unit // 24 + 1))[: self.unit]
 
     def stamps(self, disk: int, first: int, last: int, number: int) -> bytes:
@@ -135,7 +157,7 @@ class Oracle:
             while at < units:
                 n = min(r.choice([1, 1, 2, 3, 5, 8, 16, 40, 100]), units - at)
                 w = r.randrange(self.writers)
-                owner[at:at + n] = w
+                owner[at : at + n] = w
                 stripes[w].append((at, at + n))
                 at += n
             for w in range(self.writers):
@@ -149,9 +171,9 @@ class Oracle:
         for path, size in zip(self.paths, self.sizes, strict=True):
             with open(path, "wb") as f:
                 f.truncate(size)
-        self.now = [[np.zeros(u, dtype=np.int64) for u in self.units] for _ in range(self.writers)]     # each writer's own
-        self.base = [[np.zeros(u, dtype=np.int64) for u in self.units] for _ in range(self.writers)]    # the operator's:
-        self.base_at = [0] * self.writers                                                               # up to which request
+        self.now = [[np.zeros(u, dtype=np.int64) for u in self.units] for _ in range(self.writers)]  # each writer's own
+        self.base = [[np.zeros(u, dtype=np.int64) for u in self.units] for _ in range(self.writers)]  # the operator's:
+        self.base_at = [0] * self.writers  # up to which request
         self.disks = [cbwcore.Disk(path, direct=self.direct) for path in self.paths]
         self.plans = [FaultPlan() for _ in range(DISKS)]
         for disk, plan in zip(self.disks, self.plans, strict=True):
@@ -174,9 +196,9 @@ class Oracle:
         return threading.Thread(target=main, name=name, daemon=True)
 
     def run(self) -> None:
-        """Run it all; raises Failed."""
+        """Run it all; raises WrongError."""
         self.lay_out()
-        before = sys.getswitchinterval()
+        before = sys.getswitchinterval(), cbwcore.limits.copies, cbwcore.limits.copy_bytes
         sys.setswitchinterval(1e-4)
         try:
             threads = [self.thread(f"writer{w}", lambda r, w=w: self.write(w, r)) for w in range(self.writers)]
@@ -191,12 +213,15 @@ class Oracle:
             join_all(threads, 60)
             if self.errors:
                 raise self.errors[0]
+            for plan in self.plans:
+                plan.release()  # what the saboteur did last
             self.settle()
         except BaseException as e:
             e.add_note(self.replay())
             raise
         finally:
-            sys.setswitchinterval(before)
+            sys.setswitchinterval(before[0])
+            cbwcore.limits.copies, cbwcore.limits.copy_bytes = before[1:]
             for plan in [*self.plans, *(s.plan for s in self.live)]:
                 plan.release()
         for disk in self.disks:
@@ -205,8 +230,10 @@ class Oracle:
 
     def replay(self) -> str:
         """How to do it again."""
-        return (f"replay: CBWCORE_SEED={self.seed} python {__file__} --seconds {self.seconds} --unit {self.unit}"
-                f"{' --direct' if self.direct else ''}; counts: {dict(self.count)}")
+        return (
+            f"replay: CBWCORE_SEED={self.seed} python {__file__} --seconds {self.seconds} --unit {self.unit}"
+            f"{' --direct' if self.direct else ''}; counts: {dict(self.count)}"
+        )
 
     # ---- guests ----
 
@@ -269,17 +296,23 @@ class Oracle:
         return (start // self.unit, end // self.unit) if start < end else (0, 0)
 
     def check_refusal(self, e: cbwcore.CopyBeforeWriteError) -> None:
-        known = {"source-read": {SOURCE_ERROR}, "target-write": {TARGET_ERROR, TARGET_READ_ERROR, errno.ENOSPC}, "timeout": {errno.ETIMEDOUT}}
+        known = {
+            "source-read": {SOURCE_ERROR},
+            "target-write": {TARGET_ERROR, TARGET_READ_ERROR, errno.ENOSPC},
+            "timeout": {errno.ETIMEDOUT},
+        }
         if e.errno not in known[e.operation]:
-            raise Failed(f"a guest write got {e!r}") from e
+            raise WrongError(f"a guest write got {e!r}") from e
 
     def apply(self, w: int, held: list[np.ndarray], start: int, end: int) -> None:
         """Bring what the units of writer w hold (per disk) from after its request `start` to after `end`."""
         for number in range(start + 1, end + 1):
             op = self.logs[w][number - 1]
             if op.state != "refused":
-                mine = self.owner[op.disk][op.first:op.last] == w
-                held[op.disk][op.first:op.last][mine] = UNKNOWN if op.state == "unknown" else ZERO if op.zero else number
+                mine = self.owner[op.disk][op.first : op.last] == w
+                held[op.disk][op.first : op.last][mine] = (
+                    UNKNOWN if op.state == "unknown" else ZERO if op.zero else number
+                )
 
     def read_back(self, w: int, disk: int, first: int, last: int) -> None:
         """A guest reads what it wrote: nobody else may have changed it."""
@@ -291,9 +324,11 @@ class Oracle:
             return
         expected = self.now[w][disk][first:last]
         for i in range(first, last):
-            part = data[(i - first) * self.unit:(i - first + 1) * self.unit]
+            part = data[(i - first) * self.unit : (i - first + 1) * self.unit]
             if expected[i - first] != UNKNOWN and self.parse(disk, i, part) != expected[i - first]:
-                raise Failed(f"disk {disk} unit {i}: writer {w} finds {self.parse(disk, i, part)}, not {expected[i - first]}")
+                raise WrongError(
+                    f"disk {disk} unit {i}: writer {w} finds {self.parse(disk, i, part)}, not {expected[i - first]}"
+                )
         self.count["guest reads"] += 1
 
     # ---- snapshot readers ----
@@ -314,7 +349,11 @@ class Oracle:
             else:
                 self.read_units(side, first, last)
         except cbwcore.SnapshotBrokenError as e:
-            if not side.may_break or e.errno != errno.EACCES or not isinstance(e.__cause__, cbwcore.CopyBeforeWriteError):
+            if (
+                not side.may_break
+                or e.errno != errno.EACCES
+                or not isinstance(e.__cause__, cbwcore.CopyBeforeWriteError)
+            ):
                 raise
             self.check_refusal(e.__cause__)
             side.broken += 1
@@ -342,14 +381,16 @@ class Oracle:
         data = side.snap.pread((last - first) * self.unit, first * self.unit)
         wanted = self.clusters(side, first, last)
         if wanted & gone or (side.scope is not None and wanted - side.scope):
-            raise Failed(f"snapshot {side.options}: units {first}..{last} were read, though outside or discarded")
-        got = np.array([self.parse(side.disk, first + i, data[i * self.unit:(i + 1) * self.unit]) for i in range(last - first)])
+            raise WrongError(f"snapshot {side.options}: units {first}..{last} were read, though outside or discarded")
+        got = np.array(
+            [self.parse(side.disk, first + i, data[i * self.unit : (i + 1) * self.unit]) for i in range(last - first)]
+        )
         with side.lock:
             seen = side.seen[first:last]
             differ = np.flatnonzero((seen != -2) & (seen != got))
             if len(differ):
                 i = int(differ[0])
-                raise Failed(f"snapshot {side.options}: unit {first + i} read {seen[i]} before and {got[i]} now")
+                raise WrongError(f"snapshot {side.options}: unit {first + i} read {seen[i]} before and {got[i]} now")
             side.seen[first:last] = got
         self.count["snapshot reads"] += 1
 
@@ -358,17 +399,17 @@ class Oracle:
         at = first * self.unit
         for e in side.snap.block_status(at, (last - first) * self.unit):
             if e.offset != at or e.length <= 0:
-                raise Failed(f"extents do not follow each other: {e} at {at}")
+                raise WrongError(f"extents do not follow each other: {e} at {at}")
             at += e.length
             inside = range(-(-e.offset // self.unit), (e.offset + e.length) // self.unit)
             if e.zero and len(inside):
                 with side.lock:
-                    seen = side.seen[inside.start:inside.stop]
+                    seen = side.seen[inside.start : inside.stop]
                     if ((seen != -2) & (seen != ZERO)).any():
-                        raise Failed(f"snapshot {side.options}: {e} is called zero and was read as data")
-                    side.seen[inside.start:inside.stop] = ZERO
+                        raise WrongError(f"snapshot {side.options}: {e} is called zero and was read as data")
+                    side.seen[inside.start : inside.stop] = ZERO
         if at != last * self.unit:
-            raise Failed(f"extents end at {at}, not {last * self.unit}")
+            raise WrongError(f"extents end at {at}, not {last * self.unit}")
         self.count["status"] += 1
 
     # ---- the operator ----
@@ -409,12 +450,12 @@ class Oracle:
             if side.snap.state == "broken":
                 self.count["broken"] += 1
                 if not side.may_break:
-                    raise Failed(f"{side.options} broke: {side.snap.error!r}")
+                    raise WrongError(f"{side.options} broke: {side.snap.error!r}")
             stats = side.snap.stats()
             if side.options["target_limit"] is not None and stats.target_bytes > side.options["target_limit"]:
-                raise Failed(f"{side.options}: {stats}")
+                raise WrongError(f"{side.options}: {stats}")
             if not stats.wait_seconds >= stats.longest_wait >= 0:
-                raise Failed(f"{stats}")
+                raise WrongError(f"{stats}")
             side.snap.close()
         self.live = [s for s in self.live if s not in sides]
         self.judge(sides, lower, upper)
@@ -455,7 +496,7 @@ class Oracle:
             del cbwcore.Snapshot._attach
             for _, target in pairs:
                 if target is not None:
-                    os.unlink(target)       # it lives as long as it is open
+                    os.unlink(target)  # it lives as long as it is open
         self.count["exact T0" if lower == upper else "bounded T0"] += 1
         sides = [Side(s, d, p, self.units[d], scope, options) for s, d, p in zip(snaps, which, plans, strict=True)]
         return sides, lower, upper
@@ -493,8 +534,13 @@ class Oracle:
             first = r.randrange(self.units[side.disk])
             last = min(first + r.randrange(200), self.units[side.disk])
             c = side.snap.cluster_size
-            gone = {i for i in self.clusters(side, first, last) if last > first and first * self.unit <= i * c
-                    and min((i + 1) * c, self.sizes[side.disk]) <= last * self.unit}
+            gone = {
+                i
+                for i in self.clusters(side, first, last)
+                if last > first
+                and first * self.unit <= i * c
+                and min((i + 1) * c, self.sizes[side.disk]) <= last * self.unit
+            }
             side.giving_up |= gone
             with contextlib.suppress(cbwcore.SnapshotBrokenError):
                 side.snap.discard(first * self.unit, (last - first) * self.unit)
@@ -529,7 +575,7 @@ class Oracle:
                         raise
                     self.plans[side.disk].release()
             else:
-                raise Failed("a snapshot read failed 1000 times")
+                raise WrongError("a snapshot read failed 1000 times")
         self.count["backups"] += 1
 
     # ---- the judgement ----
@@ -547,8 +593,10 @@ class Oracle:
                 at += 1
                 wrong = self.differs(w, held, sides)
             if wrong is not None:
-                raise Failed(f"no T0 of writer {w} in its requests {lower[w]}..{upper[w]} explains snapshot {sides[0].options}: "
-                             f"after the first, {first}; after the last, {wrong}")
+                raise WrongError(
+                    f"no T0 of writer {w} in its requests {lower[w]}..{upper[w]} explains snapshot {sides[0].options}: "
+                    f"after the first, {first}; after the last, {wrong}"
+                )
             self.count["requests between the bounds"] += upper[w] - lower[w]
         for side in sides:
             self.count["units proven"] += int((side.seen != -2).sum())
@@ -560,22 +608,23 @@ class Oracle:
             bad = np.flatnonzero(mine & (side.seen != expected))
             if len(bad):
                 i = int(bad[0])
-                return f"disk {side.disk} unit {i} (byte {i * self.unit}) was read as {side.seen[i]}, not {expected[i]}; {len(bad)} such"
+                where = f"disk {side.disk} unit {i} (byte {i * self.unit})"
+                return f"{where} was read as {side.seen[i]}, not {expected[i]}; {len(bad)} such"
         return None
 
     def settle(self) -> None:
         """Every writer's last word is on the disk: no guest write was lost, none that was refused came through."""
         for d in range(DISKS):
             data = self.disks[d].pread(self.sizes[d], 0)
-            got = np.array([self.parse(d, i, data[i * self.unit:(i + 1) * self.unit]) for i in range(self.units[d])])
+            got = np.array([self.parse(d, i, data[i * self.unit : (i + 1) * self.unit]) for i in range(self.units[d])])
             for w in range(self.writers):
                 expected = self.now[w][d]
                 bad = np.flatnonzero((self.owner[d] == w) & (expected != UNKNOWN) & (got != expected))
                 if len(bad):
                     i = int(bad[0])
-                    raise Failed(f"disk {d} unit {i}: {got[i]}, writer {w} left {expected[i]}; {len(bad)} such")
-            if any(data[self.units[d] * self.unit:]):
-                raise Failed(f"disk {d}: bytes past the last unit were written")
+                    raise WrongError(f"disk {d} unit {i}: {got[i]}, writer {w} left {expected[i]}; {len(bad)} such")
+            if any(data[self.units[d] * self.unit :]):
+                raise WrongError(f"disk {d}: bytes past the last unit were written")
         if self.verbose:
             print(self.replay(), file=sys.stderr)
 

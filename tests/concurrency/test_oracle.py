@@ -25,8 +25,10 @@ RUNS = [(False, 512), (False, 487), (True, 512), (True, 487)]
 
 @pytest.mark.timeout(SECONDS + 300)
 @pytest.mark.parametrize(("direct", "unit"), RUNS, ids=lambda v: {True: "direct", False: "buffered"}.get(v, v))
-def test_every_byte_is_t0_or_fails_and_no_write_is_lost(direct: bool, unit: int, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("CRITICAL")        # breaks are logged, and there are many
+def test_every_byte_is_t0_or_fails_and_no_write_is_lost(
+    direct: bool, unit: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("CRITICAL")  # breaks are logged, and there are many
     seed = int(os.environ.get("CBWCORE_SEED") or random.SystemRandom().randrange(2**32))
     print(f"replay with CBWCORE_SEED={seed}")
     faulthandler.dump_traceback_later(SECONDS + 240, file=sys.__stderr__)

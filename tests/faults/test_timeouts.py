@@ -140,23 +140,23 @@ def test_what_is_no_timeout_is_refused_and_the_old_one_stays(rig, bad):
 def test_it_covers_the_sum_over_the_runs_of_a_large_write(rig):
     """Three runs of 1 MiB, each slow but within the time; together they are not."""
     disk = rig.disk(48 * CLUSTER)
-    snap = rig.snapshot(disk, cbw_timeout=10)
+    snap = rig.snapshot(disk, cbw_timeout=1000)
     on_disk, on_target = rig.plan(disk), rig.plan(snap)
     on_target.stall("pwrite", end=1 << 20)
     on_disk.stall("pread", start=1 << 20, end=2 << 20)
     guest = rig.run(disk.pwrite, b"L" * disk.size, 0)
     stalled(on_target)
-    disk._advance_clock(4)
+    disk._advance_clock(400)
     goes_on_waiting(guest, disk)
     on_target.release()
     stalled(on_disk)
     on_target.stall("pwrite", start=2 << 20)
-    disk._advance_clock(4)
+    disk._advance_clock(400)
     goes_on_waiting(guest, disk)
     on_disk.release()
     stalled(on_target)
     goes_on_waiting(guest, disk)
-    disk._advance_clock(3)
+    disk._advance_clock(300)
     assert_refused(guest.result, errno.ETIMEDOUT, "timeout", 2 << 20, 1 << 20)
     assert ranges(on_disk, "pwrite") == []
     assert snap.stats().timeouts == 1
@@ -168,7 +168,7 @@ def test_it_covers_the_sum_over_the_runs_of_a_large_write(rig):
 
 def test_it_covers_the_sum_of_a_copy_and_a_frozen_read(rig):
     disk = rig.disk()
-    snap = rig.snapshot(disk, cbw_timeout=10)
+    snap = rig.snapshot(disk, cbw_timeout=1000)
     on_disk, on_target = rig.plan(disk), rig.plan(snap)
     on_disk.stall("pread", times=1)
     reader = rig.run(snap.pread, CLUSTER, 0)
@@ -176,11 +176,11 @@ def test_it_covers_the_sum_of_a_copy_and_a_frozen_read(rig):
     on_target.stall("pwrite")
     guest = rig.run(disk.pwrite, NEW, 0)
     stalled(on_target)
-    disk._advance_clock(6)
+    disk._advance_clock(600)
     goes_on_waiting(guest, disk)
     on_target.release()
     guest.reaches(lambda: snap.stats().frozen_waits >= 1, "the wait for a frozen read")
-    disk._advance_clock(5)
+    disk._advance_clock(500)
     assert_refused(guest.result, errno.ETIMEDOUT, "timeout", 0, CLUSTER)
     on_disk.release()
     assert reader.result() == disk.t0[:CLUSTER]

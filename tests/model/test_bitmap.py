@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,8 +28,8 @@ def bit_ranges(draw: st.DrawFn, n: int) -> tuple[int, int]:
 def bits_of(bitmap: DirtyBitmap) -> set[int]:
     """What the buffer protocol shows."""
     shown = np.unpackbits(bitmap.numpy(), bitorder="little")
-    assert not shown[len(bitmap):].any(), "a bit past the last is set"
-    return set(np.flatnonzero(shown[:len(bitmap)]).tolist())
+    assert not shown[len(bitmap) :].any(), "a bit past the last is set"
+    return set(np.flatnonzero(shown[: len(bitmap)]).tolist())
 
 
 def filled(data: st.DataObject, n: int, granularity: int, size: int) -> tuple[DirtyBitmap, set[int]]:
@@ -58,7 +60,7 @@ def test_put_next_count_agree_with_a_set(n: int, data: st.DataObject) -> None:
         assert bitmap._next(start, False) == next((i for i in range(start, n) if i not in model), n)
     as_bits = bitmap.bitarray()
     assert {i for i in range(n) if as_bits[i]} == model
-    bitmap._put(0, n + 1000, True)      # the end is cut to the last bit
+    bitmap._put(0, n + 1000, True)  # the end is cut to the last bit
     assert bitmap._count() == n
     assert bits_of(bitmap) == set(range(n))
     bitmap.clear()
@@ -73,9 +75,11 @@ def test_ranges_and_bytes_agree_with_a_set(n: int, shift: int, data: st.DataObje
     size = sized(n, granularity, data)
     bitmap, model = filled(data, n, granularity, size)
     ranges = list(bitmap.ranges())
-    assert [b for o, length in ranges for b in range(o // granularity, -(-(o + length) // granularity))] == sorted(model)
+    assert [b for o, length in ranges for b in range(o // granularity, -(-(o + length) // granularity))] == sorted(
+        model
+    )
     assert all(length > 0 and o % granularity == 0 and o + length <= size for o, length in ranges)
-    assert all(a + m < b for (a, m), (b, _) in zip(ranges, ranges[1:], strict=False)), "neighbours are one range"
+    assert all(a + m < b for (a, m), (b, _) in itertools.pairwise(ranges)), "neighbours are one range"
     assert bitmap.count() == sum(length for _, length in ranges)
     off = data.draw(st.integers(0, size - 1), label="offset")
     assert bitmap.is_dirty(off) == (off // granularity in model)
@@ -91,7 +95,12 @@ def test_ranges_and_bytes_agree_with_a_set(n: int, shift: int, data: st.DataObje
 
 
 @QUICK
-@given(size=st.integers(1, 300_000), offset=st.integers(0, 300_000), length=st.integers(0, 300_000), shift=st.integers(9, 17))
+@given(
+    size=st.integers(1, 300_000),
+    offset=st.integers(0, 300_000),
+    length=st.integers(0, 300_000),
+    shift=st.integers(9, 17),
+)
 def test_set_range_rounds_outward(size: int, offset: int, length: int, shift: int) -> None:
     offset = min(offset, size)
     length = min(length, size - offset)
