@@ -14,7 +14,7 @@ from cbwcore.bitmaps import Bitmaps, DirtyBitmap
 from cbwcore.errors import ConfigError
 from cbwcore.extents import Extent, check_bitmap, check_range, walk
 from cbwcore.files import open_disk
-from cbwcore.policy import OnCbwError
+from cbwcore.policy import OnCbwError, SnapshotState
 from cbwcore.snapshot import Snapshot, snapshot_group
 from cbwcore.stats import DiskStats
 
@@ -46,7 +46,8 @@ class Disk(DiskCore):
         self.direct = direct
         self.read_only = read_only
         self.io = choose_engine(io)[0]
-        self._admin = threading.RLock()  # guards _snapshots and the bitmaps' lists; taken before any lock of the core
+        # Guards the taking of snapshots and the bitmaps' lists; taken before any lock of the core.
+        self._admin = threading.RLock()
         self._snapshots: dict[Snapshot, None] = {}
         self._file = open_disk(path, direct=direct, read_only=read_only)
         self._attach(os.fspath(path), *self._file, read_only)
@@ -63,8 +64,8 @@ class Disk(DiskCore):
 
     @property
     def snapshots(self) -> tuple[Snapshot, ...]:
-        """The snapshots that are not closed, oldest first."""
-        return tuple(self._snapshots)
+        """The snapshots that are armed or broken, oldest first."""
+        return tuple(s for s in tuple(self._snapshots) if s.state != SnapshotState.CLOSED)
 
     def snapshot(
         self,
@@ -120,7 +121,7 @@ class Disk(DiskCore):
             guest_write_bytes=written,
             guest_reads=reads,
             guest_read_bytes=read,
-            snapshots=len(self._snapshots),
+            snapshots=len(self.snapshots),
         )
 
     def close(self) -> None:
@@ -133,7 +134,7 @@ class Disk(DiskCore):
             steps.callback(self._close)
             for bitmap in self.bitmaps.values():
                 steps.callback(bitmap.disable)
-            for snapshot in self.snapshots:
+            for snapshot in tuple(self._snapshots):  # those that another thread is closing, too: it is waited for
                 steps.callback(snapshot.close)
 
     def __del__(self) -> None:
@@ -147,5 +148,5 @@ class Disk(DiskCore):
     def _report_breaks(self) -> None:
         """Called by the core after a guest write that met a break."""
         with contextlib.ExitStack() as all_of_them:
-            for snapshot in self.snapshots:
+            for snapshot in tuple(self._snapshots):
                 all_of_them.callback(snapshot._tell_break)

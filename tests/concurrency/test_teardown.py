@@ -400,7 +400,7 @@ def test_close_from_many_threads_at_once(home: Path) -> None:
 
 
 def test_on_break_callback_may_close(home: Path) -> None:
-    """The callback runs in a guest's thread that holds nothing: it may close the snapshot, others the disk meanwhile."""
+    """The callback runs in a guest's thread that holds nothing: it may close the snapshot, others the disk."""
     for i in range(20 // SLOWER):
         disk, _ = open_disk(home, f"disk{i}")
         told: list[cbwcore.Snapshot] = []

@@ -1,12 +1,7 @@
 import os
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # until pyproject.toml has pythonpath = ["tests"]
 
 import engine_support
+import pytest
 
 import cbwcore
 
