@@ -11,16 +11,18 @@ from libc.errno cimport EACCES, EIO
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
+from posix.unistd cimport close
 
 from cbwcore._sys cimport (
     CBW_SLOTS, add_seq_cst, exchange_seq_cst, load_relaxed, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from cbwcore._sys cimport dio_alignment as c_dio_alignment
 from cbwcore._geometry cimport least, outer_end
-from cbwcore._bitmap cimport bitmap, bitmap_count, bitmap_free, bitmap_init, bitmap_next, bitmap_put, bitmap_reset
+from cbwcore._bitmap cimport bitmap, bitmap_count, bitmap_free, bitmap_init, bitmap_next, bitmap_put, bitmap_reset, \
+    bitmap_test
 from cbwcore._buffers cimport bufpool, bufpool_init, bufpool_reserve, bufpool_set_limit
 from cbwcore._blockio cimport (
-    blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pwrite, psync_seek, psync_zero,
+    blk, blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pwrite, psync_seek, psync_zero,
 )
 from cbwcore._faults cimport (
     ACT_DELAY, ACT_ERROR, ACT_SHORT, ACT_STALL, LOG_LENGTH, MAX_RULES, OP_DISCARD, OP_FLUSH, OP_READ, OP_SEEK, OP_WRITE,
@@ -125,7 +127,7 @@ def dio_alignment(int fd):
 
 
 def set_copy_budget(limit):
-    """Bytes that copy and bounce buffers of the process may take (R17)."""
+    """Bytes that the copy buffers of the process may take (R17)."""
     cdef uint64_t n = as_bytes(limit, "copy buffer budget")
     if bufpool_set_limit(&POOL, n) < 0:
         raise ConfigError(f"copy buffer budget {limit} is less than the {POOL.reserved} bytes reserved by snapshots")
@@ -186,6 +188,15 @@ cdef class BitmapCore:
             first = bitmap_next(&self.map, start, self.map.nbits, True)
             end = bitmap_next(&self.map, first, self.map.nbits, False)
         return first, end
+
+    def _run_at(self, uint64_t bit):
+        """(value, end) of the run that ``bit`` is in."""
+        cdef bint value
+        cdef uint64_t end
+        with nogil:
+            value = bitmap_test(&self.map, bit)
+            end = bitmap_next(&self.map, bit + 1, self.map.nbits, not value)
+        return value, end
 
     def _count(self):
         cdef uint64_t n
@@ -249,6 +260,8 @@ cdef void merge_bits(bitmap *into, bitmap *also, int shift, const bitmap *other,
         if bit == other.nbits:
             return
         stop = bitmap_next(other, bit, other.nbits, False)
+        if stop == bit:
+            continue                    # cleared meanwhile
         start = bit << other_shift
         end = least(stop << other_shift, size)
         bitmap_put(into, start >> shift, outer_end(start, end - start, shift), True)
@@ -258,6 +271,14 @@ cdef void merge_bits(bitmap *into, bitmap *also, int shift, const bitmap *other,
 
 
 # ---- the disk ----
+
+cdef void abandon(blk *b) noexcept nogil:
+    if b.fd >= 0:
+        close(b.fd)
+    if b.tail_fd >= 0:
+        close(b.tail_fd)
+    b.fd = b.tail_fd = -1
+
 
 cdef class DiskCore:
     """The guest's side of a disk. Every method may be called from any thread."""
@@ -424,6 +445,14 @@ cdef class DiskCore:
             read += load_relaxed(&self.d.slots[i].guest_read_bytes)
         return writes, written, reads, read
 
+    def _forked(self):
+        """Whether this is the child of a fork, where the disk is the parent's alone."""
+        return self.generation != fork_generation
+
+    def _abandon(self):
+        """In the child of a fork: let go of the descriptors, but not of the locks, which are the parent's, too."""
+        abandon(&self.d.io)
+
     def _close(self):
         cdef int rc
         if self.generation != fork_generation or load_relaxed(&self.d.closed):
@@ -540,7 +569,7 @@ cdef class SnapshotCore:
         self.s.max_copies = max_copies
         self.s.copy_run = copy_run
         if bufpool_reserve(&POOL, &self.s.own, max(copy_run, <uint64_t>1 << self.s.shift)) < 0:
-            raise ConfigError(f"the copy buffers, {POOL.limit} bytes, are all set aside for other snapshots")
+            raise ConfigError(f"the copy buffers, {POOL.limit} bytes, are all in use or set aside for other snapshots")
         rc = snapshot_set_timeout(self.s, timeout_ns)
         if rc < 0:
             raise os_error(rc, None)
@@ -589,7 +618,7 @@ cdef class SnapshotCore:
             return SnapshotAccessError(EACCES, f"offset {offset} length {length} is outside the snapshot's scope or discarded")
         if rc == E_BROKEN:
             cause = self.error
-            error = SnapshotBrokenError(EACCES, f"the snapshot is broken: {cause}")
+            error = SnapshotBrokenError(EACCES, f"the snapshot is broken: {cause or 'it is being closed'}")
             error.__cause__ = cause
             return error
         return os_error(rc, self._target_path() if in_target else self._disk.path)
@@ -694,6 +723,11 @@ cdef class SnapshotCore:
             raise self.failed(rc, start, end - start, False)
         return rc, bool(flags & STATUS_ACCESS), bool(flags & STATUS_ZERO)
 
+    def _abandon(self):
+        """As DiskCore._abandon(), for the target."""
+        if self.s != NULL:
+            abandon(&self.s.target)
+
     def _set_policy(self, int policy):
         cdef snapshot *s = self.open()
         pthread_mutex_lock(&s.lock)
@@ -786,6 +820,7 @@ def arm_snapshots(list snaps):
         c_snaps[i] = snap.s
         owners[i] = snap.d
         snap.guest_writes_before = snap._disk._counters()[0]
+        snap.linked = True              # before T0: who closes it from then on must take it off its disk again
     for address in sorted({<size_t>owners[i] for i in range(n)}):
         disks[ndisks] = <disk *><size_t>address
         ndisks += 1
@@ -793,8 +828,6 @@ def arm_snapshots(list snaps):
         rc = arm(disks, ndisks, c_snaps, owners, n)
     if rc < 0:
         raise ConfigError(f"a disk has at most {C_MAX_SNAPSHOTS} snapshots")
-    for snap in snaps:
-        snap.linked = True
 
 
 # ---- faults, for tests ----

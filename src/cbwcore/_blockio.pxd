@@ -50,7 +50,7 @@ cdef struct blk:
     uint64_t align              # of offsets and lengths through fd; 1 where buffered
     uint64_t mem_align          # of memory; 1 where buffered
     uint64_t zero_align         # of fallocate ranges
-    uint64_t cut                # sticky: the file was seen smaller than `size`
+    uint64_t cut                # sticky: the file was seen smaller than `size`, and may since have grown again
     uint64_t tracked            # writes are listed in `writes`; set once, by the first unaligned write, while drained
     pthread_mutex_t lock        # guards all below
     pthread_cond_t written      # a write or flush ended
@@ -131,7 +131,10 @@ cdef inline int read_all(blk *b, int fd, char *buf, uint64_t n, uint64_t off) no
             continue
         if rc < 0:
             return <int>rc
-        if rc == 0 or <uint64_t>rc > n:
+        if rc == 0:
+            store_release(&b.cut, 1)
+            return -EIO
+        if <uint64_t>rc > n:
             return -EIO
         rc = <int64_t>round_down(<uint64_t>rc, unit)
         stuck = 0 if rc else stuck + 1

@@ -35,7 +35,7 @@ cdef struct bufpool:
     uint64_t limit              # bytes; the budget
     uint64_t keep               # bytes to keep warm at most
     uint64_t reserved           # bytes of the budget that reserves have for themselves
-    uint64_t used               # bytes handed out of the shared part, or kept; grows to limit - reserved at most
+    uint64_t used               # bytes handed out of the shared part, or kept; it never grows past limit - reserved
     uint64_t reserve_used       # bytes handed out of reserves
     uint64_t kept               # bytes in `idle`
     uint64_t waiting            # threads in bufpool_get() that found the budget spent
@@ -82,11 +82,13 @@ cdef inline void bufpool_destroy(bufpool *p) noexcept nogil:
 
 
 cdef inline int bufpool_reserve(bufpool *p, reserve *r, uint64_t bytes) noexcept nogil:
-    """Set a buffer of `bytes` aside for `r`; -ENOSPC where reserves have the whole budget already."""
+    """Set a buffer of `bytes` aside for `r`; -ENOSPC where the budget has no room for it now."""
     cdef int rc = 0
     bytes = class_bytes(bytes)
     pthread_mutex_lock(&p.lock)
-    if bytes > p.limit - p.reserved:
+    if p.used + p.reserved + bytes > p.limit:
+        evict(p)
+    if p.used + p.reserved + bytes > p.limit:
         rc = -ENOSPC
     else:
         p.reserved += bytes
@@ -157,7 +159,7 @@ cdef inline void bufpool_put(bufpool *p, void *buf, uint64_t n, reserve *own) no
     cdef uint64_t size = class_bytes(n)
     cdef bint keep
     pthread_mutex_lock(&p.lock)
-    keep = own == NULL and buf != NULL and p.kept + size <= p.keep and not p.waiting
+    keep = own == NULL and buf != NULL and p.kept + size <= p.keep and not p.waiting and p.used + p.reserved <= p.limit
     if keep:
         (<void **>buf)[0] = p.idle[size_class(n)]
         p.idle[size_class(n)] = buf
@@ -175,7 +177,8 @@ cdef inline void bufpool_put(bufpool *p, void *buf, uint64_t n, reserve *own) no
 
 
 cdef inline int bufpool_set_limit(bufpool *p, uint64_t limit) noexcept nogil:
-    """A lower limit holds for buffers to come. -ENOSPC where the reserves alone exceed it."""
+    """A lower limit holds for buffers to come; those handed out are freed as they come back. -ENOSPC where the reserves
+    alone exceed it."""
     cdef int rc = 0
     pthread_mutex_lock(&p.lock)
     if limit < p.reserved:

@@ -13,7 +13,7 @@ from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from cbwcore._sys cimport add_seq_cst, is_zero, sub_seq_cst
-from cbwcore._geometry cimport cluster_end
+from cbwcore._geometry cimport cluster_end, least, most, round_down, round_up
 from cbwcore._bitmap cimport bitmap, bitmap_next
 from cbwcore._buffers cimport bufpool, bufpool_get, bufpool_put, reserve
 from cbwcore._blockio cimport blk, blk_extent, blk_read_checked, blk_write, blk_write_zeroes
@@ -74,17 +74,24 @@ cdef inline int old_data_read(blk *source, bufpool *pool, reserve *own, bint pat
 
 
 cdef inline int ensure_zero(blk *target, uint64_t start, uint64_t end) noexcept nogil:
-    """Make [start, end) of the target read as zeroes; what already is a hole costs nothing (R11)."""
-    cdef int64_t stop
+    """Make [start, end) of the target read as zeroes; what already is a hole costs nothing (R11), as far as it is one of
+    whole blocks: the file system's may be smaller than those of O_DIRECT."""
+    cdef uint64_t stop
+    cdef int64_t pos
     cdef bint hole
     cdef int rc = 0
     while start < end and rc == 0:
-        stop = blk_extent(target, start, end, &hole)
-        if stop < 0:
-            return <int>stop
+        pos = blk_extent(target, start, end, &hole)
+        if pos < 0:
+            return <int>pos
+        stop = <uint64_t>pos
+        if hole and stop < end:
+            stop = round_down(stop, target.align)
+            hole = stop > start
         if not hole:
-            rc = blk_write_zeroes(target, NULL, start, <uint64_t>stop - start, True)
-        start = <uint64_t>stop
+            stop = least(round_up(most(stop, start + 1), target.align), end)
+            rc = blk_write_zeroes(target, NULL, start, stop - start, True)
+        start = stop
     return rc
 
 

@@ -247,10 +247,10 @@ cdef inline int arm(disk **disks, uint64_t ndisks, snapshot **snaps, disk **owne
         if rc < 0:
             store_release(&snaps[i].state, CLOSED)
             unlink_snapshot(owners[i], snaps[i])
-    for i in range(ndisks):
-        gate_open(disks[i])
     for i in range(nsnaps):
         snaps[i].stats.arm_pause_ns = monotonic_ns() - began
+    for i in range(ndisks):
+        gate_open(disks[i])             # from here another thread may have closed and freed them
     return rc
 
 

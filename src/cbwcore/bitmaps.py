@@ -76,6 +76,8 @@ class DirtyBitmap(BitmapCore):
     def _owner(self) -> Iterator[Disk | None]:
         """The disk that has this bitmap, or None; it does not change meanwhile."""
         disk = self._disk
+        if disk is not None:
+            disk._check_forked()
         with disk._admin if disk is not None else contextlib.nullcontext():
             yield self._disk
 
@@ -111,9 +113,9 @@ class DirtyBitmap(BitmapCore):
 
     def run_at(self, offset: int, end: int) -> tuple[bool, int]:
         """Whether ``offset`` is marked, and where that ends, at most at ``end``; all in bytes."""
-        dirty = self.is_dirty(offset)
-        stop = self._next(offset // self.granularity, not dirty) * self.granularity
-        return dirty, min(stop, end)
+        self._check(offset, 1)
+        dirty, stop = self._run_at(offset // self.granularity)
+        return dirty, min(stop * self.granularity, end)
 
     def ranges(self, offset: int = 0) -> Iterator[tuple[int, int]]:
         """The marked ranges from ``offset`` on, as (offset, length) in bytes, lazily; at memory speed between them."""
@@ -161,6 +163,7 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
         """Make a bitmap (QMP block-dirty-bitmap-add).
 
         ConfigError for a name in use, or a granularity that is no power of two from 512 to 2**31 bytes."""
+        self._disk._check_open()
         with self._disk._admin:
             self._disk._check_open()
             if check_name(name) in self._by_name:
@@ -174,6 +177,7 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
 
     def remove(self, name: str) -> None:
         """Stop and forget a bitmap (QMP block-dirty-bitmap-remove). KeyError where there is none of that name."""
+        self._disk._check_forked()
         with self._disk._admin:
             bitmap = self._by_name[name]
             bitmap.disable()

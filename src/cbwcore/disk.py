@@ -14,6 +14,7 @@ from cbwcore.bitmaps import Bitmaps, DirtyBitmap
 from cbwcore.errors import ConfigError
 from cbwcore.extents import Extent, check_bitmap, check_range, walk
 from cbwcore.files import open_disk
+from cbwcore.forked import forked
 from cbwcore.policy import OnCbwError, SnapshotState
 from cbwcore.snapshot import Snapshot, snapshot_group
 from cbwcore.stats import DiskStats
@@ -48,10 +49,12 @@ class Disk(DiskCore):
         self.io = choose_engine(io)[0]
         # Guards the taking of snapshots and the bitmaps' lists; taken before any lock of the core.
         self._admin = threading.RLock()
+        self._closing = False  # set once, before _admin is taken to close
         self._snapshots: dict[Snapshot, None] = {}
-        self._file = open_disk(path, direct=direct, read_only=read_only)
-        self._attach(os.fspath(path), *self._file, read_only)
         self.bitmaps = Bitmaps(self)
+        self._file = open_disk(path, direct=direct, read_only=read_only)
+        self._attach(os.fsdecode(path), *self._file, read_only)
+        forked.add(self)
 
     def __repr__(self) -> str:
         return f"<Disk {self.path} {'closed' if self.closed else f'{self.size} bytes'}>"
@@ -84,8 +87,8 @@ class Disk(DiskCore):
         ``target``: a file or block device for the old data, at least as large as the disk; created sparse if it does
         not exist; None for an unnamed file beside the disk. ``bitmap``: the scope, a `DirtyBitmap`, the name of one of
         ``disk.bitmaps``, or a bitarray or NumPy bool array with a bit per cluster. ``cbw_timeout``: seconds, 0 for
-        none. ``cluster_size``, ``target_limit``: bytes. ``on_break(snapshot)`` is called once after a break, in the
-        thread of the guest write that met it, when that write is done.
+        none. ``cluster_size``, ``target_limit``: bytes. ``on_break(snapshot)`` is called once after a break: in the
+        thread of a guest write that met it, when that write is done, or of close().
 
         ConfigError: something was refused, and nothing was opened, created or changed."""
         return snapshot_group(
@@ -128,21 +131,28 @@ class Disk(DiskCore):
         """Close the snapshots, let requests under way finish, close the disk. It does not flush. Again does nothing.
 
         All of it happens, whatever fails; then the error is raised: OSError of a close."""
-        if self.closed:
+        if self._forked():
             return
-        with self._admin, contextlib.ExitStack() as steps:  # backwards
+        self._closing = True
+        with contextlib.ExitStack() as afterwards, self._admin, contextlib.ExitStack() as steps:  # backwards
             steps.callback(self._close)
             for bitmap in self.bitmaps.values():
                 steps.callback(bitmap.disable)
             for snapshot in tuple(self._snapshots):  # those that another thread is closing, too: it is waited for
-                steps.callback(snapshot.close)
+                afterwards.callback(snapshot._tell_break)  # without _admin, which its callback may wait for
+                steps.callback(snapshot._shut)
 
     def __del__(self) -> None:
         if not self.closed:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
 
+    def _check_forked(self) -> None:
+        if self._forked():
+            raise ValueError(f"disk {self.path} was opened before a fork and is not usable in the child")
+
     def _check_open(self) -> None:
-        if self.closed:
+        self._check_forked()
+        if self._closing or self.closed:
             raise ValueError(f"disk {self.path} is closed")
 
     def _report_breaks(self) -> None:

@@ -101,12 +101,15 @@ def storage(fd: int) -> Storage:
     size = os.lseek(fd, 0, os.SEEK_END)
     if stat.S_ISREG(status.st_mode):
         return Storage((status.st_dev, status.st_ino), 0, size)
-    try:
-        info = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO_SIZE))
-    except OSError:  # another kind of device
+    first, device = 0, f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    if os.path.exists(f"{device}/partition"):
+        with open(f"{device}/start") as start:
+            first = int(start.read()) * 512
+        device = os.path.join(os.path.realpath(device), "..")
+    if not os.path.exists(f"{device}/loop"):
         return Storage((status.st_rdev,), 0, size)
-    device, inode, _, offset = struct.unpack_from("QQQQ", info)
-    return Storage((device, inode), offset, offset + size)
+    dev, inode, _, offset = struct.unpack_from("QQQQ", fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO_SIZE)))
+    return Storage((dev, inode), offset + first, offset + first + size)
 
 
 def overlap(a: Storage, b: Storage) -> bool:
@@ -183,7 +186,7 @@ def open_target(path: Path, disk: BlockFile, *, direct: bool) -> BlockFile:
     except OSError as e:
         if e.errno != errno.EBUSY:
             raise ConfigError(f"target {name} cannot be opened for writing: {e.strerror}") from e
-        same = os.stat(path).st_rdev == os.fstat(disk.fd).st_rdev
+        same = disk.is_device and os.stat(path).st_rdev == os.fstat(disk.fd).st_rdev
         why = "the disk itself" if same else "in use: it is mounted, or another program or snapshot has it for itself"
         raise ConfigError(f"target {name} is {why}") from e
 
@@ -196,7 +199,7 @@ def create_target(path: Path | None, disk: BlockFile, disk_path: Path, *, direct
     with contextlib.ExitStack() as undo:
         try:
             if path is None:
-                name, beside = "an unnamed target", os.path.dirname(os.path.realpath(disk_path))
+                name, beside = "an unnamed target", os.path.dirname(os.readlink(f"/proc/self/fd/{disk.fd}"))
                 fd = os.open(beside, flags | os.O_TMPFILE, 0o600)
             else:
                 name = f"target {os.fspath(path)}"

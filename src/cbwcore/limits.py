@@ -28,7 +28,9 @@ class Limits:
 
     @property
     def copy_buffers(self) -> int:
-        """Bytes that all copy and bounce buffers of the process may take (R17); default 128 MiB."""
+        """Bytes that all copy buffers of the process may take (R17); default 128 MiB.
+
+        Besides, each disk and each snapshot has up to 8 MiB for requests that do not fit O_DIRECT."""
         return copy_buffers()[0]
 
     @copy_buffers.setter

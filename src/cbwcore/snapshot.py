@@ -14,6 +14,7 @@ from cbwcore.bitmaps import DirtyBitmap, as_scope
 from cbwcore.errors import ConfigError, CopyBeforeWriteError
 from cbwcore.extents import Extent, check_bitmap, check_range, walk
 from cbwcore.files import BlockFile, create_target, open_target
+from cbwcore.forked import forked
 from cbwcore.limits import limits
 from cbwcore.options import BitmapRef, SnapshotOptions, check_cluster_size, check_policy, timeout_ns
 from cbwcore.policy import OnCbwError, SnapshotState, tell_break
@@ -117,20 +118,23 @@ class Snapshot(SnapshotCore):
 
         Guest writes that wait for it go on, copies under way are waited for (R8), the target is closed, and stays
         where it is if it has a name. OSError where the target's close reports one."""
-        if self.disk.closed:
-            return  # and so is this; in the child of a fork, nothing is this process's to close
-        self._error = self.error
         try:
-            with self._closing:  # close() of the disk waits here, too, and closes it only then
-                try:
-                    self._close()
-                finally:
-                    self.disk._snapshots.pop(self, None)
+            self._shut()
         finally:
             self._tell_break()
 
+    def _shut(self) -> None:
+        if self.disk.closed:
+            return  # and so is this; in the child of a fork, nothing is this process's to close
+        self._error = self.error
+        with self._closing:  # whoever else closes it, or the disk, waits here until it is done
+            try:
+                self._close()
+            finally:
+                self.disk._snapshots.pop(self, None)
+
     def __del__(self) -> None:
-        if self.state != SnapshotState.CLOSED:
+        if self.state != SnapshotState.CLOSED and not self.disk.closed:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
 
     def _target_path(self) -> str | None:
@@ -182,6 +186,7 @@ def _prepare(
         target.close()
         raise ConfigError(f"cluster_size {options.cluster_size} is less than a block, {block} bytes")
     undo.callback(snapshot._close)
+    forked.add(snapshot)
     snapshot._attach(
         *target,
         is_new,
@@ -213,6 +218,8 @@ def snapshot_group(
     The options are `Disk.snapshot`'s and hold for each; the snapshots come in the order of the pairs."""
     pairs = list(pairs)
     disks = {id(disk): disk for disk, _ in pairs}
+    for disk in disks.values():
+        disk._check_open()
     with contextlib.ExitStack() as locks:
         for key in sorted(disks):
             locks.enter_context(disks[key]._admin)
