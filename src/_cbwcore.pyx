@@ -643,7 +643,7 @@ cdef class SnapshotCore:
 
     def _state(self):
         """Index into STATES."""
-        return self.s.state if self.s != NULL else 2
+        return load_relaxed(&self.s.state) if self.s != NULL else 2
 
     def _cause(self):
         """The first failure, as a CopyBeforeWriteError; None while there is none."""
@@ -902,7 +902,10 @@ cdef class FaultPlan:
     @property
     def stalled(self):
         """How many calls are stalled now."""
-        return self.plan.stalled
+        pthread_mutex_lock(&self.plan.lock)
+        stalled = self.plan.stalled
+        pthread_mutex_unlock(&self.plan.lock)
+        return stalled
 
     def calls(self, op=None):
         """The calls seen, oldest first, as (op, offset, length); the last 65536 of them."""
@@ -923,4 +926,6 @@ cdef class FaultPlan:
 
     def forget_calls(self):
         """Empty the log."""
+        pthread_mutex_lock(&self.plan.lock)
         self.plan.ncalls = 0
+        pthread_mutex_unlock(&self.plan.lock)

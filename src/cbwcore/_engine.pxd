@@ -29,7 +29,7 @@ from cbwcore._blockio cimport (
 )
 from cbwcore._copy cimport old_data_put
 from cbwcore._snapshot cimport (
-    ARMED, CLOSED, E_CLOSED, cbw_pass, cbw_visit, failure, note_wait, snapshot, snapshot_needs, snapshot_preserve,
+    ARMED, E_CLOSED, cbw_pass, cbw_visit, failure, note_wait, snapshot, snapshot_needs, snapshot_preserve,
     snapshot_put, snapshot_quiesce, snapshot_revoke,
 )
 
@@ -226,6 +226,14 @@ cdef inline void record(disk *d, uint64_t off, uint64_t n) noexcept nogil:
 
 # ---- snapshots ----
 
+cdef inline void set_armed(snapshot *s, int64_t pause) noexcept nogil:
+    """Under the shut gate, once linked; `pause`: ns that guest writes have been held back. Anybody may close it from here."""
+    pthread_mutex_lock(&s.lock)
+    store_release(&s.state, ARMED)
+    s.stats.arm_pause_ns = pause
+    pthread_mutex_unlock(&s.lock)
+
+
 cdef inline int arm(disk **disks, uint64_t ndisks, snapshot **snaps, disk **owners, uint64_t nsnaps) noexcept nogil:
     """One T0 for all: shut every gate, link every snapshot, open every gate (R10). -ENOSPC, and none is linked,
     where a disk has MAX_SNAPSHOTS. `disks`: each once, in order of address, so that two groups cannot deadlock."""
@@ -240,15 +248,14 @@ cdef inline int arm(disk **disks, uint64_t ndisks, snapshot **snaps, disk **owne
             break
         owners[i].snaps[owners[i].nsnaps] = snaps[i]
         owners[i].nsnaps += 1
-        store_release(&snaps[i].state, ARMED)
     for i in range(nsnaps):
         drop_sink(owners[i], &snaps[i].need)
         drop_sink(owners[i], &snaps[i].access)
         if rc < 0:
-            store_release(&snaps[i].state, CLOSED)
             unlink_snapshot(owners[i], snaps[i])
-    for i in range(nsnaps):
-        snaps[i].stats.arm_pause_ns = monotonic_ns() - began
+    if rc == 0:
+        for i in range(nsnaps):
+            set_armed(snaps[i], monotonic_ns() - began)
     for i in range(ndisks):
         gate_open(disks[i])             # from here another thread may have closed and freed them
     return rc

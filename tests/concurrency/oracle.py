@@ -224,9 +224,12 @@ class Oracle:
             cbwcore.limits.copies, cbwcore.limits.copy_bytes = before[1:]
             for plan in [*self.plans, *(s.plan for s in self.live)]:
                 plan.release()
-        for disk in self.disks:
-            disk.close()
-        shutil.rmtree(self.dir)
+            closer = threading.Thread(target=lambda: [disk.close() for disk in self.disks], name="closer", daemon=True)
+            closer.start()
+            closer.join(60)
+            shutil.rmtree(self.dir)
+        if closer.is_alive():
+            raise WrongError("a disk cannot be closed")
 
     def replay(self) -> str:
         """How to do it again."""

@@ -838,6 +838,22 @@ class Engine(RuleBasedStateMachine):
             self.check_read(s, 0, self.size)
             self.guest("write", off, n, lambda: self.disk.pwrite(new, off), new, (0, False))
 
+    @precondition(lambda self: any(not s.broken and s.need for s in self.snaps))
+    @rule(data=st.data(), code=st.sampled_from(ERRORS), seed=st.integers(1, 255))
+    def write_beside_bad_byte(self, data: st.DataObject, code: int, seed: int) -> None:
+        """A byte that cannot be read fails the snapshots that need it, and none whose clusters end before it (R15)."""
+        self.healthy()
+        s = data.draw(st.sampled_from([s for s in self.snaps if not s.broken and s.need]), label="snapshot")
+        start, end = s.span(data.draw(st.sampled_from(sorted(s.need)), label="cluster"))
+        bad = data.draw(st.one_of(st.just(end - 1), st.integers(start, end - 1)), label="bad byte")
+        off = data.draw(st.one_of(st.just(start), st.integers(start, end - 1)))
+        n = data.draw(st.integers(1, min(self.size - off, 5000)))
+        self.plan.error("pread", code, start=bad, end=bad + 1)
+        self.disk_fault = "pread", code, (bad, bad + 1)
+        new = pattern(n, seed)
+        fault = self.submit_fault("pwrite", off, n)
+        self.guest("write", off, n, lambda: self.disk.pwrite(new, off), new, fault, transient=True)
+
     @precondition(lambda self: any(not s.broken for s in self.snaps))
     @rule(data=st.data(), seed=st.integers(1, 255))
     def write_past_stalled_target(self, data: st.DataObject, seed: int) -> None:
@@ -890,14 +906,14 @@ class Engine(RuleBasedStateMachine):
                 o.guest_writes += 1
             self.model[off : off + n] = new
             self.check_disk()
-        copies = s.snap.stats().cbw_copies
+        copies, before = s.snap.stats().cbw_copies, s.map("done")
         s.plan.release()
         for o in others:
             self.passed(o, off, n, set(), refused)
         s.held_known = False
         if s.broken:
-            done = s.map("done")
-            assert done <= s.done | s.touched(off, n)
+            time.sleep(0.001)
+            assert s.map("done") == before <= s.done | s.touched(off, n), "a late copy marked done after the break"
             return
         while s.snap.stats().cbw_copies == copies:
             assert time.monotonic() < until, "the late copy never ended"
