@@ -120,6 +120,13 @@ cdef inline bint try_again(int64_t rc) noexcept nogil:
     return False
 
 
+cdef inline int64_t progress(int64_t rc, uint64_t n, uint64_t unit, int *stuck) noexcept nogil:
+    """By how many bytes an attempt at `n` that returned `rc` >= 0 moves on: whole blocks. -EIO where it never does."""
+    cdef uint64_t done = round_down(<uint64_t>rc, unit)
+    stuck[0] = 0 if done else stuck[0] + 1
+    return -EIO if <uint64_t>rc > n or stuck[0] == SHORTEST_TRIES else <int64_t>done
+
+
 cdef inline int read_all(blk *b, int fd, char *buf, uint64_t n, uint64_t off) noexcept nogil:
     """Read exactly `n` bytes. End of file before that is EIO: the disk has been cut (R12)."""
     cdef uint64_t unit = b.align if fd == b.fd else 1
@@ -129,17 +136,13 @@ cdef inline int read_all(blk *b, int fd, char *buf, uint64_t n, uint64_t off) no
         rc = b.ops.pread(b, fd, buf, n, off)
         if try_again(rc):
             continue
-        if rc < 0:
-            return <int>rc
         if rc == 0:
             store_release(&b.cut, 1)
             return -EIO
-        if <uint64_t>rc > n:
-            return -EIO
-        rc = <int64_t>round_down(<uint64_t>rc, unit)
-        stuck = 0 if rc else stuck + 1
-        if stuck == SHORTEST_TRIES:
-            return -EIO
+        if rc > 0:
+            rc = progress(rc, n, unit, &stuck)
+        if rc < 0:
+            return <int>rc
         buf += rc
         n -= <uint64_t>rc
         off += <uint64_t>rc
@@ -155,14 +158,10 @@ cdef inline int write_all(blk *b, int fd, const char *buf, uint64_t n, uint64_t 
         rc = b.ops.pwrite(b, fd, buf, n, off)
         if try_again(rc):
             continue
+        if rc >= 0:
+            rc = progress(rc, n, unit, &stuck)
         if rc < 0:
             return <int>rc
-        if <uint64_t>rc > n:
-            return -EIO
-        rc = <int64_t>round_down(<uint64_t>rc, unit)
-        stuck = 0 if rc else stuck + 1
-        if stuck == SHORTEST_TRIES:
-            return -EIO
         buf += rc
         n -= <uint64_t>rc
         off += <uint64_t>rc
