@@ -13,8 +13,9 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -42,11 +43,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def unavailable(reason: str) -> None:
-    """What a test needs is not here: skip it; where CI requires everything, fail."""
-    if REQUIRED:
-        pytest.fail(f"required by CBWCORE_REQUIRE_PEERS=1: {reason}", pytrace=False)
-    pytest.skip(reason)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Where CI requires everything, a skip is a failure, whichever test says it and why."""
+    report = yield
+    if REQUIRED and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"skipped, but CBWCORE_REQUIRE_PEERS=1 requires it: {report.longrepr[2]}"
+    return report
 
 
 def run(*command: str) -> str:
@@ -163,7 +167,7 @@ class Resources:
                 self._places[kind] = e
         place = self._places[kind]
         if isinstance(place, RuntimeError):
-            unavailable(f"{kind}: {place}")
+            pytest.skip(f"{kind}: {place}")
         return str(place)
 
     def close(self) -> None:
@@ -199,7 +203,7 @@ def needs() -> Callable[[], contextlib.AbstractContextManager[None]]:
         try:
             yield
         except RuntimeError as e:
-            unavailable(str(e))
+            pytest.skip(str(e))
 
     return needs
 
@@ -239,7 +243,7 @@ class Storage:
         try:
             return self._resources.loop(self.file(content), max(self.sector, 512))
         except RuntimeError as e:
-            unavailable(str(e))
+            pytest.skip(str(e))
             raise
 
     def image(self, content: bytes) -> str:
@@ -271,7 +275,7 @@ def storage(request: pytest.FixtureRequest, session_resources: Resources, resour
 
 
 def probe_direct(directory: str) -> None:
-    """tmpfs has O_DIRECT from Linux 6.6 on; that the kernel is older is no fault of a CI machine."""
+    """tmpfs has O_DIRECT from Linux 6.6 on."""
     path = os.path.join(directory, "probe")
     try:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_DIRECT, 0o600))
