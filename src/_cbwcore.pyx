@@ -20,7 +20,7 @@ from cbwcore._sys cimport dio_alignment as c_dio_alignment
 from cbwcore._geometry cimport least, outer_end
 from cbwcore._bitmap cimport bitmap, bitmap_count, bitmap_free, bitmap_init, bitmap_next, bitmap_put, bitmap_reset, \
     bitmap_test
-from cbwcore._buffers cimport bufpool, bufpool_init, bufpool_reserve, bufpool_set_limit
+from cbwcore._buffers cimport bufpool, bufpool_destroy, bufpool_init, bufpool_reserve, bufpool_set_limit
 from cbwcore._blockio cimport (
     blk, blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pwrite, psync_seek, psync_zero,
 )
@@ -38,6 +38,10 @@ from cbwcore._engine cimport (
     disk_init, disk_put, gate_open, gate_shut, guest_flush, guest_read, guest_status, guest_write,
 )
 from cbwcore._engine cimport MAX_SNAPSHOTS as C_MAX_SNAPSHOTS
+from cbwcore._nbd_helpers cimport helpers_destroy, helpers_init, helpers_stop, new_eventfd
+from cbwcore._nbd cimport (
+    MAX_CONTEXTS, NBD_KEEP, conn_destroy, conn_init, conn_serve, conn_stop, conn_visit, nbd_conn, nbd_server,
+)
 
 import errno as _errno
 import os
@@ -828,6 +832,9 @@ def arm_snapshots(list snaps):
         rc = arm(disks, ndisks, c_snaps, owners, n)
     if rc < 0:
         raise ConfigError(f"a disk has at most {C_MAX_SNAPSHOTS} snapshots")
+
+
+include "cbwcore/_nbd_core.pxi"
 
 
 # ---- faults, for tests ----

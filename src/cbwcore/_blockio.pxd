@@ -359,8 +359,10 @@ cdef inline int zero_range(blk *b, uint64_t off, uint64_t end, bint may_unmap) n
     return rc
 
 
-cdef inline int blk_write_zeroes(blk *b, bufpool *pool, uint64_t off, uint64_t n, bint may_unmap) noexcept nogil:
-    """Make [off, off + n) read as zeroes: deallocated where allowed and possible, else written."""
+cdef inline int blk_write_zeroes(blk *b, bufpool *pool, uint64_t off, uint64_t n, bint may_unmap,
+                                 bint fast) noexcept nogil:
+    """Make [off, off + n) read as zeroes: deallocated where allowed and possible, else written, or, with `fast`, refused
+    with -EOPNOTSUPP. For a block device the kernel may write zeroes itself, unless it may unmap."""
     cdef uint64_t end = off + n
     cdef uint64_t first = round_up(off, b.zero_align), last = round_down(end, b.zero_align)
     cdef int rc = blk_check_size(b) if end == b.size else 0
@@ -368,8 +370,10 @@ cdef inline int blk_write_zeroes(blk *b, bufpool *pool, uint64_t off, uint64_t n
         return rc
     if first >= last:
         return write_zero_data(b, pool, off, end)
-    rc = zero_range(b, first, last, may_unmap)
+    rc = -EOPNOTSUPP if fast and b.is_device and not may_unmap else zero_range(b, first, last, may_unmap)
     if rc == -EOPNOTSUPP or rc == -EINVAL:
+        if fast:
+            return -EOPNOTSUPP
         return write_zero_data(b, pool, off, end)
     if rc == 0:
         rc = write_zero_data(b, pool, off, first)

@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 from typing import Any, Self, SupportsIndex
 
 from typing_extensions import Buffer, disjoint_base
@@ -110,6 +111,36 @@ class SnapshotCore:
     def _map(self, name: str) -> list[bool]: ...
     def _close(self) -> None: ...
     def _inject(self, plan: FaultPlan | None) -> None: ...
+
+@disjoint_base
+class NbdCore:
+    def __new__(
+        cls,
+        *,
+        bytes_in_flight: SupportsIndex,
+        max_request: SupportsIndex,
+        max_drain: SupportsIndex,
+        max_extents: SupportsIndex,
+        stall_seconds: float,
+    ) -> Self: ...
+    def fileno(self) -> int: ...
+    def _stop_helpers(self) -> None: ...
+    def _buffers(self) -> tuple[int, int, int, int]: ...
+
+@disjoint_base
+class NbdConnectionCore:
+    def __new__(
+        cls,
+        core: NbdCore,
+        source: DiskCore | SnapshotCore,
+        *,
+        read_only: bool,
+        discard: bool,
+        structured: bool,
+        contexts: Iterable[BitmapCore | None],
+    ) -> Self: ...
+    def serve(self, fd: int) -> str: ...
+    def stop(self) -> None: ...
 
 @disjoint_base
 class FaultPlan:

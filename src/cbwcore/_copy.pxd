@@ -90,7 +90,7 @@ cdef inline int ensure_zero(blk *target, uint64_t start, uint64_t end) noexcept 
             hole = stop > start
         if not hole:
             stop = least(round_up(most(stop, start + 1), target.align), end)
-            rc = blk_write_zeroes(target, NULL, start, stop - start, True)
+            rc = blk_write_zeroes(target, NULL, start, stop - start, True, False)
         start = stop
     return rc
 

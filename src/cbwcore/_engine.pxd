@@ -16,7 +16,7 @@ from libc.stdlib cimport free
 from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
 from cbwcore._sys cimport (
-    CBW_SLOTS, add_relaxed, add_seq_cst, cond_init, load_relaxed, load_seq_cst, monotonic_ns, pthread_cond_broadcast,
+    CBW_SLOTS, add_relaxed, add_seq_cst, advise_once, cond_init, load_relaxed, load_seq_cst, monotonic_ns, pthread_cond_broadcast,
     pthread_cond_destroy, pthread_cond_t, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store_release, store_seq_cst, sub_seq_cst, thread_slot,
 )
@@ -40,7 +40,11 @@ cdef enum:
 cdef enum:
     GUEST_WRITE
     GUEST_WRITE_ZEROES
+    GUEST_ZERO_FAST         # write zeroes, or -EOPNOTSUPP where that is no faster than writing data
     GUEST_DISCARD
+
+cdef enum:
+    E_WAIT = -100004        # beside the results of _snapshot.pxd
 
 
 cdef struct slot:           # one per 128 bytes: no two threads write one cache line, nor one pair of lines
@@ -371,8 +375,20 @@ cdef inline int submit(disk *d, int op, const void *buf, uint64_t off, uint64_t 
     if op == GUEST_WRITE:
         rc = blk_write(&d.io, &d.bounce, buf, n, off)
     else:
-        rc = blk_write_zeroes(&d.io, &d.bounce, off, n, may_unmap)
+        rc = blk_write_zeroes(&d.io, &d.bounce, off, n, may_unmap, op == GUEST_ZERO_FAST)
     return blk_flush(&d.io) if rc == 0 and fua else rc
+
+
+cdef inline int finish_write(disk *d, slot *own, int op, const void *buf, uint64_t off, uint64_t n, bint fua,
+                             bint may_unmap) noexcept nogil:
+    """In flight, where no snapshot needs anything more: record, submit, and leave flight."""
+    cdef int rc
+    record(d, off, n)
+    rc = submit(d, op, buf, off, n, fua, may_unmap)
+    add_relaxed(&own.guest_writes, 1)
+    add_relaxed(&own.guest_write_bytes, n)
+    leave_write(d, own)
+    return rc
 
 
 cdef inline int guest_write(disk *d, int op, const void *buf, uint64_t off, uint64_t n, bint fua, bint may_unmap,
@@ -395,12 +411,18 @@ cdef inline int guest_write(disk *d, int op, const void *buf, uint64_t off, uint
         leave_write(d, own)
         track_writes(d)
         return guest_write(d, op, buf, off, n, fua, may_unmap, why)
-    record(d, off, n)
-    rc = submit(d, op, buf, off, n, fua, may_unmap)
-    add_relaxed(&own.guest_writes, 1)
-    add_relaxed(&own.guest_write_bytes, n)
-    leave_write(d, own)
-    return rc
+    return finish_write(d, own, op, buf, off, n, fua, may_unmap)
+
+
+cdef inline int guest_write_at_once(disk *d, const void *buf, uint64_t off, uint64_t n) noexcept nogil:
+    """guest_write() of data, if it need wait for no copy and no gate; else E_WAIT, and nothing was done."""
+    cdef slot *own = &d.slots[thread_slot()]
+    add_seq_cst(&own.writers, 1)
+    if (load_seq_cst(&d.gate) or load_relaxed(&d.closed) or needs_cbw(d, off, n)
+            or blk_needs_tracking(&d.io, off, n)):
+        leave_write(d, own)
+        return E_WAIT
+    return finish_write(d, own, GUEST_WRITE, buf, off, n, False, False)
 
 
 cdef inline int guest_read(disk *d, void *buf, uint64_t off, uint64_t n) noexcept nogil:
@@ -411,6 +433,18 @@ cdef inline int guest_read(disk *d, void *buf, uint64_t off, uint64_t n) noexcep
     rc = blk_read(&d.io, &d.bounce, buf, n, off)
     add_relaxed(&own.guest_reads, 1)
     add_relaxed(&own.guest_read_bytes, n)
+    leave_read(d, own)
+    return rc
+
+
+cdef inline int guest_cache(disk *d, uint64_t off, uint64_t n) noexcept nogil:
+    """Have the kernel read ahead; advice, which O_DIRECT has no use for."""
+    cdef slot *own = enter_read(d)
+    cdef int rc = 0
+    if own == NULL:
+        return E_CLOSED
+    if n and d.io.align == 1:
+        rc = advise_once(d.io.fd, off, n)
     leave_read(d, own)
     return rc
 

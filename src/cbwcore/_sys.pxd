@@ -167,6 +167,9 @@ cdef extern from * nogil:
         off_t rc = lseek(fd, (off_t)off, whence);
         return rc < 0 ? -errno : rc;
     }
+    static inline int advise_once(int fd, uint64_t off, uint64_t n) {
+        return -posix_fadvise(fd, (off_t)off, (off_t)n, POSIX_FADV_WILLNEED);
+    }
     static inline int sync_once(int fd) { return fdatasync(fd) ? -errno : 0; }
     /* Unlock, then close: a forked child shares the description, and would keep the lock for as long as it lives. */
     static inline int close_once(int fd) {
@@ -242,6 +245,7 @@ cdef extern from * nogil:
     int fallocate_once(int fd, int mode, uint64_t off, uint64_t n)
     int discard_device(int fd, uint64_t off, uint64_t n)
     int64_t seek_once(int fd, uint64_t off, int whence)
+    int advise_once(int fd, uint64_t off, uint64_t n)
     int sync_once(int fd)
     int close_once(int fd)
     int dio_alignment(int fd, uint32_t *mem, uint32_t *offset)

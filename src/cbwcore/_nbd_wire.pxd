@@ -1,0 +1,241 @@
+# One NBD connection's socket: receiving and sending with a limit on stalls, and the replies of many threads in one stream.
+#
+# Whoever has a reply becomes the sender if there is none; otherwise a small reply is left with the one who is sending,
+# so that replies which pile up behind a slow client, or a busy core, leave together in one system call.
+#
+# The peer is *lost* once it went away or stalled. From then on nothing is sent, and whoever receives sees the end.
+
+from libc.errno cimport EAGAIN, EINTR, EPIPE, ETIMEDOUT
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+from cbwcore._sys cimport (
+    cond_init, load_acquire, monotonic_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_t,
+    pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock, store_release,
+)
+
+cdef extern from * nogil:
+    """
+    #include <poll.h>
+    #include <sys/socket.h>
+    #include <sys/uio.h>
+
+    static inline uint16_t get16(const char *p) { uint16_t v; memcpy(&v, p, 2); return __builtin_bswap16(v); }
+    static inline uint32_t get32(const char *p) { uint32_t v; memcpy(&v, p, 4); return __builtin_bswap32(v); }
+    static inline uint64_t get64(const char *p) { uint64_t v; memcpy(&v, p, 8); return __builtin_bswap64(v); }
+    static inline void put16(char *p, uint16_t v) { v = __builtin_bswap16(v); memcpy(p, &v, 2); }
+    static inline void put32(char *p, uint32_t v) { v = __builtin_bswap32(v); memcpy(p, &v, 4); }
+    static inline void put64(char *p, uint64_t v) { v = __builtin_bswap64(v); memcpy(p, &v, 8); }
+
+    typedef struct iovec cbw_piece;
+    static inline void set_piece(cbw_piece *p, const void *base, uint64_t n) { p->iov_base = (void *)base; p->iov_len = n; }
+    /* Take `n` sent bytes off the front of the pieces. */
+    static inline void advance_pieces(cbw_piece **p, int *count, uint64_t n) {
+        while (*count && n >= (*p)->iov_len) {
+            n -= (*p)->iov_len;
+            ++*p;
+            --*count;
+        }
+        if (*count) {
+            (*p)->iov_base = (char *)(*p)->iov_base + n;
+            (*p)->iov_len -= n;
+        }
+    }
+    static inline int64_t send_once(int fd, cbw_piece *p, int count) {
+        struct msghdr m = { .msg_iov = p, .msg_iovlen = (size_t)count };
+        ssize_t rc = sendmsg(fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
+        return rc < 0 ? -errno : rc;
+    }
+    static inline int64_t recv_once(int fd, void *buf, uint64_t n, int wait) {
+        ssize_t rc = recv(fd, buf, n, wait ? 0 : MSG_DONTWAIT);
+        return rc < 0 ? -errno : rc;
+    }
+    /* Wait up to `ns` for the socket. An error or a hangup counts as ready: the next call tells of it. */
+    static inline void socket_wait(int fd, int to_send, int64_t ns) {
+        struct pollfd p = { .fd = fd, .events = to_send ? POLLOUT : POLLIN };
+        struct timespec t = { ns / 1000000000, ns % 1000000000 };
+        ppoll(&p, 1, &t, NULL);
+    }
+    static inline void shut_receiving(int fd) { shutdown(fd, SHUT_RD); }
+    static inline void shut_all(int fd) { shutdown(fd, SHUT_RDWR); }
+    """
+    ctypedef struct cbw_piece:
+        uint64_t iov_len
+    uint16_t get16(const char *p)
+    uint32_t get32(const char *p)
+    uint64_t get64(const char *p)
+    void put16(char *p, uint16_t v)
+    void put32(char *p, uint32_t v)
+    void put64(char *p, uint64_t v)
+    void set_piece(cbw_piece *p, const void *base, uint64_t n)
+    void advance_pieces(cbw_piece **p, int *count, uint64_t n)
+    int64_t send_once(int fd, cbw_piece *p, int count)
+    int64_t recv_once(int fd, void *buf, uint64_t n, bint wait)
+    void socket_wait(int fd, bint to_send, int64_t ns)
+    void shut_receiving(int fd)
+    void shut_all(int fd)
+
+cdef enum:
+    PENDING = 16384             # bytes of small replies that may wait for the sender
+    STEADY = 65536              # bytes: who moves fewer within the stall limit has stalled
+
+
+cdef struct patience:           # of one transfer
+    int64_t deadline            # monotonic ns; 0 until it first has to wait
+    uint64_t moved              # bytes since
+
+
+cdef struct wire:
+    int fd
+    int64_t stall_ns
+    uint64_t lost               # set once, to a positive errno
+    pthread_mutex_t lock        # guards all below; not held while sending
+    pthread_cond_t sent
+    bint sending
+    uint64_t waiting            # threads that want to be the sender
+    uint64_t npending
+    char *pending               # replies left to the sender
+    char *outgoing              # the sender's: what was pending when it last looked
+
+
+cdef inline int wire_init(wire *w, int64_t stall_ns, char *buffers) noexcept nogil:
+    """`buffers`: 2 * PENDING bytes, of the caller. The socket comes later."""
+    w.stall_ns = stall_ns
+    w.lost = 0
+    w.sending = False
+    w.waiting = w.npending = 0
+    w.pending = buffers
+    w.outgoing = buffers + PENDING
+    pthread_mutex_init(&w.lock, NULL)
+    return cond_init(&w.sent)
+
+
+cdef inline void wire_destroy(wire *w) noexcept nogil:
+    pthread_cond_destroy(&w.sent)
+    pthread_mutex_destroy(&w.lock)
+
+
+cdef inline void lose(wire *w, int error) noexcept nogil:
+    """The peer is lost: whoever waits for it, here or in the kernel, goes on. The first error is kept."""
+    if load_acquire(&w.lost) == 0:
+        store_release(&w.lost, error)
+    shut_all(w.fd)
+
+
+cdef inline int endure(wire *w, patience *p, bint to_send) noexcept nogil:
+    """Wait for the socket in the middle of a transfer; -ETIMEDOUT once it has stalled."""
+    cdef int64_t now = monotonic_ns()
+    if p.deadline == 0:
+        p.deadline = now + w.stall_ns
+        p.moved = 0
+    if now >= p.deadline:
+        return -ETIMEDOUT
+    socket_wait(w.fd, to_send, p.deadline - now)
+    return 0
+
+
+cdef inline void note_progress(patience *p, uint64_t n) noexcept nogil:
+    """Only steady progress buys time: a peer that sends a byte now and then has stalled."""
+    p.moved += n
+    if p.moved >= STEADY:
+        p.deadline = 0
+
+
+# ---- receiving: by the reader of the connection alone ----
+
+cdef inline int64_t wire_recv(wire *w, char *buf, uint64_t n, patience *p) noexcept nogil:
+    """At least one byte, in the middle of a request. The number of bytes; 0 where the peer has gone; -errno."""
+    cdef int64_t rc
+    while True:
+        rc = recv_once(w.fd, buf, n, False)
+        if rc >= 0:
+            note_progress(p, <uint64_t>rc)
+            return rc
+        if rc == -EAGAIN:
+            rc = endure(w, p, False)
+        if rc < 0 and rc != -EINTR:
+            return rc
+
+
+cdef inline int64_t wire_recv_idle(wire *w, char *buf, uint64_t n, bint wait) noexcept nogil:
+    """The beginning of a request, however long it takes (`wait`), else -EAGAIN. 0 where the peer has gone; -errno."""
+    cdef int64_t rc = -EINTR
+    while rc == -EINTR:
+        rc = recv_once(w.fd, buf, n, wait)
+    return rc
+
+
+# ---- sending: by anybody ----
+
+cdef inline int send_pieces(wire *w, cbw_piece *p, int count) noexcept nogil:
+    """Send all of it. 0 or -errno."""
+    cdef patience left
+    cdef int64_t rc
+    left.deadline = 0
+    left.moved = 0
+    advance_pieces(&p, &count, 0)
+    while count:
+        rc = send_once(w.fd, p, count)
+        if rc == -EAGAIN:
+            rc = endure(w, &left, True)
+            if rc < 0:
+                return <int>rc
+            continue
+        if rc < 0 and rc != -EINTR:
+            return <int>rc
+        if rc > 0:
+            note_progress(&left, <uint64_t>rc)
+            advance_pieces(&p, &count, <uint64_t>rc)
+    return 0
+
+
+cdef inline int take_pending(wire *w, cbw_piece *p) noexcept nogil:
+    """By the sender, under lock: what was left to it, as a piece."""
+    w.pending, w.outgoing = w.outgoing, w.pending
+    set_piece(p, w.outgoing, w.npending)
+    w.npending = 0
+    return 1
+
+
+cdef inline bint leave_pending(wire *w, const char *head, uint64_t nhead, const char *data, uint64_t ndata) noexcept nogil:
+    """Under lock: leave a small reply with the sender, if there is one, and room."""
+    if not w.sending or w.npending + nhead + ndata > PENDING:
+        return False
+    memcpy(w.pending + w.npending, head, nhead)
+    if ndata:
+        memcpy(w.pending + w.npending + nhead, data, ndata)
+    w.npending += nhead + ndata
+    return True
+
+
+cdef inline void wire_send(wire *w, const char *head, uint64_t nhead, const char *data, uint64_t ndata) noexcept nogil:
+    """Send one or more whole replies, or leave them with whoever is sending; the caller's memory is free after return.
+    A peer that cannot be reached is lost, which the reader of the connection will see."""
+    cdef cbw_piece pieces[3]
+    cdef int count = 3, rc
+    pthread_mutex_lock(&w.lock)
+    while not leave_pending(w, head, nhead, data, ndata):
+        if not w.sending:
+            break
+        w.waiting += 1
+        pthread_cond_wait(&w.sent, &w.lock)
+        w.waiting -= 1
+    else:
+        pthread_mutex_unlock(&w.lock)
+        return
+    w.sending = True
+    take_pending(w, &pieces[0])
+    set_piece(&pieces[1], head, nhead)
+    set_piece(&pieces[2], data, ndata)
+    while count:
+        pthread_mutex_unlock(&w.lock)
+        if load_acquire(&w.lost) == 0:
+            rc = send_pieces(w, pieces, count)
+            if rc < 0:
+                lose(w, -rc)
+        pthread_mutex_lock(&w.lock)
+        count = take_pending(w, &pieces[0]) if w.npending else 0
+    w.sending = False
+    if w.waiting:
+        pthread_cond_broadcast(&w.sent)
+    pthread_mutex_unlock(&w.lock)

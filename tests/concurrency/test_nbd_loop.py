@@ -1,0 +1,302 @@
+"""The compiled NBD loop under load: guests with many requests in flight beside readers of the snapshot.
+
+Each guest connection owns a slice of the disk and knows what every unit of it holds; each snapshot connection knows T0.
+Requests in flight of one connection never overlap, so every reply can be judged whatever the order. Delays in the I/O
+table make requests wait at random, so that the reader's part changes threads all the time. CBWCORE_SEED replays a run
+as far as its requests go.
+"""
+
+import errno
+import os
+import random
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+import cbwcore
+from cbwcore._cbwcore import FaultPlan, NbdConnectionCore, NbdCore
+from engine_support import settled
+
+UNIT = 4096
+UNITS = 96  # of each guest's slice
+GUESTS = 3
+READERS = 2
+WINDOW = 24
+SECONDS = float(os.environ.get("CBWCORE_NBD_SECONDS") or 3)
+READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
+FUA = 1
+
+
+@pytest.fixture
+def core():
+    made = NbdCore(
+        bytes_in_flight=8 << 20, max_request=1 << 20, max_drain=2 << 20, max_extents=64, stall_seconds=20.0
+    )
+    yield made
+    made._stop_helpers()
+
+
+class Session:
+    """A connection past its handshake, and the thread that serves it."""
+
+    def __init__(self, core, source, **options):
+        self.sock, self.theirs = socket.socketpair()
+        self.sock.settimeout(30)
+        options = {"read_only": False, "discard": False, "structured": True, "contexts": (None,)} | options
+        self.core = NbdConnectionCore(core, source, **options)
+        self.ends = []
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    def _serve(self):
+        self.ends.append(self.core.serve(self.theirs.fileno()))
+        self.theirs.close()
+
+    def send(self, cmd, flags, handle, offset, length, payload=b""):
+        self.sock.sendall(struct.pack(">IHHQQI", 0x25609513, flags, cmd, handle, offset, length) + payload)
+
+    def receive(self, n):
+        data = bytearray()
+        while len(data) < n:
+            part = self.sock.recv(n - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
+
+    def reply(self):
+        """(handle, errno, data or None) of the next whole reply."""
+        (magic,) = struct.unpack(">I", self.receive(4))
+        if magic == 0x67446698:
+            error, handle = struct.unpack(">IQ", self.receive(12))
+            return handle, error, None
+        assert magic == 0x668E33EF
+        flags, kind, handle, length = struct.unpack(">HHQI", self.receive(16))
+        body = self.receive(length)
+        assert flags == 1
+        if kind == 32769:
+            return handle, struct.unpack(">I", body[:4])[0], None
+        return handle, 0, body[8:] if kind == 1 else body
+
+    def end(self):
+        self.thread.join(60)
+        assert not self.thread.is_alive(), "serve() hangs"
+        self.sock.close()
+        return self.ends[0]
+
+
+class Client(threading.Thread):
+    """Keeps up to WINDOW requests in flight on units that none of the others touches."""
+
+    def __init__(self, session, seed, first, units, known):
+        super().__init__(daemon=True)
+        self.session = session
+        self.rng = random.Random(seed)
+        self.first = first
+        self.known = known  # bytes of each unit
+        self.free = list(range(units))
+        self.flying = {}
+        self.handle = 0
+        self.served = 0
+        self.until = time.monotonic() + SECONDS
+        self.error = None
+        self.start()
+
+    def run(self):
+        try:
+            while time.monotonic() < self.until or self.flying:
+                self.turn()
+            self.session.send(DISC, 0, 0, 0, 0)
+        except BaseException as e:
+            self.error = e
+
+    def turn(self):
+        goes_on = time.monotonic() < self.until
+        while goes_on and self.free and len(self.flying) < self.rng.choice((1, 4, WINDOW)):
+            self.submit()
+        if self.flying:
+            self.judge(*self.session.reply())
+
+    def submit(self):
+        unit = self.free.pop(self.rng.randrange(len(self.free)))
+        cmd, flags, data = self.choose(unit)
+        self.handle += 1
+        self.flying[self.handle] = unit, cmd, data
+        length = 0 if cmd == FLUSH else UNIT
+        offset = 0 if cmd == FLUSH else (self.first + unit) * UNIT
+        self.session.send(cmd, flags, self.handle, offset, length, data if cmd == WRITE else b"")
+
+    def choose(self, unit):
+        return READ, 0, None
+
+    def judge(self, handle, error, data):
+        unit, cmd, written = self.flying.pop(handle)
+        self.free.append(unit)
+        self.served += 1
+        assert error == 0, (cmd, error)
+        if cmd == READ:
+            assert data == self.known[unit], f"unit {self.first + unit}"
+        elif written is not None:
+            self.known[unit] = written
+
+
+class GuestClient(Client):
+    def choose(self, unit):
+        cmd = self.rng.choices((READ, WRITE, ZEROES, FLUSH, CACHE), (40, 50, 6, 2, 2))[0]
+        if cmd == WRITE:
+            return cmd, self.rng.choices((0, FUA), (20, 1))[0], self.rng.randbytes(16) * (UNIT // 16)
+        return cmd, 0, bytes(UNIT) if cmd == ZEROES else None
+
+
+class SnapshotClient(Client):
+    def choose(self, unit):
+        return self.rng.choice((READ, READ, STATUS)), 0, None
+
+    def judge(self, handle, error, data):
+        unit, cmd, _ = self.flying[handle]
+        super().judge(handle, error, data)
+        if cmd == STATUS:
+            _, length, flags = struct.unpack(">III", data)
+            assert length == UNIT
+            assert not flags or not any(self.known[unit]), f"unit {self.first + unit} is called zero"
+
+
+@pytest.mark.timeout(SECONDS * 4 + 200)
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+def test_every_reply_is_right_while_readers_change(core, tmp_path, direct):
+    seed = int(os.environ.get("CBWCORE_SEED") or random.SystemRandom().randrange(2**32))
+    print(f"replay with CBWCORE_SEED={seed}")
+    rng = random.Random(seed)
+    size = GUESTS * UNITS * UNIT
+    t0 = b"".join(rng.randbytes(UNIT) if rng.random() < 0.8 else bytes(UNIT) for _ in range(GUESTS * UNITS))
+    path = tmp_path / "disk"
+    path.write_bytes(t0)
+    known = [t0[i : i + UNIT] for i in range(0, size, UNIT)]
+    plan, target_plan = FaultPlan(), FaultPlan()
+    with cbwcore.Disk(path, direct=direct) as disk, disk.snapshot(tmp_path / "target", cluster_size=UNIT * 2) as snapshot:
+        disk._inject(plan)
+        snapshot._inject(target_plan)
+        for op in ("pread", "pwrite", "flush"):
+            for skip in range(5):
+                plan.delay(op, 0.002, skip=rng.randrange(400) * (skip + 1), times=rng.randrange(1, 40))
+        target_plan.delay("pwrite", 0.003, skip=10, times=60)
+        guests = [
+            GuestClient(Session(core, disk), rng.random(), i * UNITS, UNITS, known[i * UNITS : (i + 1) * UNITS])
+            for i in range(GUESTS)
+        ]
+        readers = [
+            SnapshotClient(Session(core, snapshot), rng.random(), 0, GUESTS * UNITS, list(known)) for _ in range(READERS)
+        ]
+        for client in guests + readers:
+            client.join(SECONDS + 90)
+            assert not client.is_alive(), f"hangs with {client.flying} in flight"
+            assert client.error is None, client.error
+            assert client.session.end() == "disconnected by the client"
+            assert client.served > 0
+        disk._inject(None)
+        snapshot._inject(None)
+        assert disk.pread(size, 0) == b"".join(unit for guest in guests for unit in guest.known)
+        assert snapshot.pread(size, 0) == t0
+    assert core._buffers()[1] == core._buffers()[2], "a buffer was not given back"
+
+
+def test_a_later_read_overtakes_a_write_that_waits(core, tmp_path):
+    """Nothing is in the buffer when the write comes: the socket's watch brings a helper."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"1" * (64 * UNIT))
+    plan = FaultPlan()
+    with cbwcore.Disk(path) as disk, disk.snapshot(tmp_path / "target") as snapshot:
+        snapshot._inject(plan)
+        plan.stall("pwrite")
+        try:
+            session = Session(core, disk)
+            session.send(WRITE, 0, 1, 0, UNIT, b"2" * UNIT)
+            plan.wait_stalled()
+            for handle in range(2, 40):
+                session.send(READ, 0, handle, 32 * UNIT, UNIT)
+                assert session.reply() == (handle, 0, b"1" * UNIT)
+        finally:
+            plan.release()
+        assert session.reply() == (1, 0, None)
+        session.send(DISC, 0, 0, 0, 0)
+        assert session.end() == "disconnected by the client"
+
+
+def test_more_writes_wait_than_may_run_and_all_are_answered(core, tmp_path):
+    """MAX_RUNNING of them are stalled; the others are read when one of those is done."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"1" * (64 * 65536))
+    plan = FaultPlan()
+    with cbwcore.Disk(path) as disk, disk.snapshot(tmp_path / "target") as snapshot:
+        snapshot._inject(plan)
+        plan.stall("pwrite")
+        try:
+            session = Session(core, disk)
+            for i in range(30):  # the socket takes what is not read yet
+                session.send(WRITE, 0, i, i * 65536, UNIT, b"2" * UNIT)
+            plan.wait_stalled(16)
+            assert settled(lambda: plan.stalled) == 16
+        finally:
+            plan.release()
+        assert sorted(session.reply()[0] for _ in range(30)) == list(range(30))
+        session.send(DISC, 0, 0, 0, 0)
+        assert session.end() == "disconnected by the client"
+
+
+@pytest.mark.parametrize("how", ["stop", "vanish", "disc"])
+def test_the_end_waits_for_what_is_in_flight(core, tmp_path, how):
+    path = tmp_path / "disk"
+    path.write_bytes(b"1" * (64 * 65536))
+    plan = FaultPlan()
+    with cbwcore.Disk(path) as disk, disk.snapshot(tmp_path / "target") as snapshot:
+        snapshot._inject(plan)
+        plan.stall("pwrite")
+        session = Session(core, disk)
+        try:
+            for i in range(5):
+                session.send(WRITE, 0, i, i * 65536, UNIT, b"2" * UNIT)
+            plan.wait_stalled(5)
+            if how == "stop":
+                session.core.stop()
+            elif how == "disc":
+                session.send(DISC, 0, 0, 0, 0)
+            else:
+                session.sock.shutdown(socket.SHUT_WR)
+            session.thread.join(0.05)
+            assert session.thread.is_alive()
+        finally:
+            plan.release()
+        assert sorted(session.reply()[:2] for _ in range(5)) == [(i, 0) for i in range(5)]
+        end = {"stop": "stopped", "disc": "disconnected by the client", "vanish": "gone"}
+        assert session.end() == end[how]
+        assert disk.pread(UNIT, 4 * 65536) == b"2" * UNIT
+
+
+def test_stop_at_any_moment(core, tmp_path):
+    """serve() returns, and every request that got an answer was done."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(64 * UNIT))
+    rng = random.Random(5)
+    with cbwcore.Disk(path) as disk:
+        for round_number in range(150):
+            session = Session(core, disk)
+            stopper = threading.Timer(rng.random() * 0.004, session.core.stop)
+            stopper.start()
+            answered = set()
+            try:
+                for i in range(rng.randrange(60)):
+                    session.send(WRITE, rng.choice((0, FUA)), i, (i % 64) * UNIT, UNIT, bytes([round_number]) * UNIT)
+            except OSError as e:
+                assert e.errno in (errno.EPIPE, errno.ECONNRESET)
+            try:
+                while True:
+                    answered.add(session.reply()[0])
+            except (EOFError, ConnectionResetError):
+                pass
+            stopper.join()
+            assert session.end() == "stopped"
+            for i in answered:
+                assert disk.pread(1, (i % 64) * UNIT) == bytes([round_number])
