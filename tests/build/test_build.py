@@ -1,4 +1,4 @@
-"""The build itself: a .pxd edit rebuilds the core, and off Linux it fails with a clear word."""
+"""The build itself: an edit of a part rebuilds the core, and off Linux it fails with a clear word."""
 
 import re
 import shutil
@@ -29,14 +29,14 @@ def configure(tree, *definitions):
     return cmake(tree, "-S", ".", "-B", "build", "-G", "Ninja", *paths, *definitions)
 
 
-def test_an_edit_of_any_pxd_transpiles_the_core_again(tree):
+def test_an_edit_of_any_part_transpiles_the_core_again(tree):
     assert configure(tree).returncode == 0
     assert "Transpiling" in cmake(tree, "--build", "build", "--target", "_cbwcore.c").stdout
     assert "no work to do" in cmake(tree, "--build", "build", "--target", "_cbwcore.c").stdout
-    for pxd in sorted((tree / "src" / "cbwcore").glob("*.pxd")):
-        pxd.write_text(pxd.read_text() + "\n")
+    for part in sorted((tree / "src" / "cbwcore").glob("*.px[di]")):
+        part.write_text(part.read_text() + "\n")
         again = cmake(tree, "--build", "build", "--target", "_cbwcore.c")
-        assert "Transpiling" in again.stdout, (pxd.name, again.stdout)
+        assert "Transpiling" in again.stdout, (part.name, again.stdout)
 
 
 def test_off_linux_the_build_says_what_it_needs(tree):
