@@ -18,6 +18,7 @@ from cbwcore.errors import (
 )
 from cbwcore.extents import Extent
 from cbwcore.limits import limits
+from cbwcore.nbd import NbdLimits, NbdServer, TlsConfig
 from cbwcore.options import SnapshotOptions
 from cbwcore.policy import OnCbwError, SnapshotState
 from cbwcore.snapshot import Snapshot, snapshot_group
@@ -31,6 +32,8 @@ __all__ = [
     "Disk",
     "DiskStats",
     "Extent",
+    "NbdLimits",
+    "NbdServer",
     "OnCbwError",
     "Snapshot",
     "SnapshotAccessError",
@@ -39,6 +42,7 @@ __all__ = [
     "SnapshotState",
     "SnapshotStats",
     "StateError",
+    "TlsConfig",
     "limits",
     "snapshot_group",
 ]

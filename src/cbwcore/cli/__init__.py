@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 
 import cbwcore
+from cbwcore.cli.arguments import Parser, UsageError
 from cbwcore.cli.demo import add_command as add_demo
 from cbwcore.cli.info import add_command as add_info
+from cbwcore.cli.serve import add_command as add_serve
 from cbwcore.errors import CbwError
 
 __all__ = ["main"]
@@ -30,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # whoever read stdout has gone, and there is nobody to tell
         status = 1
+    except UsageError as e:
+        return fail(describe(e), 2)
     except (OSError, CbwError) as e:
         status = fail(describe(e))
     drop_output()
@@ -38,11 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``run``, which takes the arguments and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="cbwcore", description="Copy-before-write snapshots of block storage.")
+    parser = Parser(prog="cbwcore", description="Copy-before-write snapshots of block storage.")
     parser.add_argument("--version", action="version", version=f"cbwcore {cbwcore.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
     add_info(commands)
+    add_serve(commands)
     return parser
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-import re
 import signal
 import tempfile
 import time
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 import cbwcore
+from cbwcore.cli.arguments import parse_size
 from cbwcore.cli.image import copy_out, make_image
 from cbwcore.cli.load import run_under_load
 from cbwcore.cli.output import console, print_json, size_text
@@ -31,7 +31,6 @@ __all__ = ["DemoError", "add_command"]
 DEFAULT_SIZE = 256 << 20
 SMALLEST = 1 << 20
 LONGEST = 86400  # seconds
-UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 class DemoError(CbwError):
@@ -53,14 +52,8 @@ def add_command(commands: Any) -> None:
 
 
 def size(text: str) -> int:
-    """Bytes, or with K, M, G or T for the units of 1024."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)", text.upper())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, with K, M, G or T if any unit")
-    nbytes = int(match[1]) << UNITS[match[2]]
-    if not SMALLEST <= nbytes < 2**63:
-        raise argparse.ArgumentTypeError(f"{nbytes} bytes is not from {SMALLEST} to {2**63 - 1}")
-    return nbytes
+    """Of the disk, in bytes."""
+    return parse_size(text, SMALLEST)
 
 
 def seconds(text: str) -> float:

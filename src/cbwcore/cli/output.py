@@ -19,9 +19,11 @@ def console(*, quiet: bool = False) -> Console:
     return Console(quiet=quiet, markup=False, emoji=False, highlight=False)
 
 
-def print_json(facts: msgspec.Struct) -> None:
-    """One JSON document on stdout, in ASCII: a path that is no UTF-8 keeps its bytes as Python's surrogate escapes."""
-    print(json.dumps(msgspec.to_builtins(facts), indent=2))
+def print_json(facts: msgspec.Struct, *, indent: int | None = 2) -> None:
+    """One JSON document on stdout, in ASCII: a path that is no UTF-8 keeps its bytes as Python's surrogate escapes.
+
+    ``indent`` None: in one line."""
+    print(json.dumps(msgspec.to_builtins(facts), indent=indent))
 
 
 def size_text(nbytes: int) -> str:
