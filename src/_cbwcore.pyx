@@ -14,19 +14,19 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from cbwcore._sys cimport (
-    CBW_SLOTS, add_seq_cst, exchange_seq_cst, load_relaxed, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock,
+    CBW_SLOTS, add_seq_cst, exchange_seq_cst, is_on_tmpfs, load_relaxed, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from cbwcore._sys cimport dio_alignment as c_dio_alignment
 from cbwcore._geometry cimport least, outer_end
 from cbwcore._bitmap cimport bitmap, bitmap_count, bitmap_free, bitmap_init, bitmap_next, bitmap_put, bitmap_reset, \
     bitmap_test
-from cbwcore._buffers cimport bufpool, bufpool_destroy, bufpool_init, bufpool_reserve, bufpool_set_limit
+from cbwcore._buffers cimport LARGEST, bufpool, bufpool_init, bufpool_reserve, bufpool_set_limit
 from cbwcore._blockio cimport (
-    blk, blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pwrite, psync_seek, psync_zero,
+    blk, blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pread_cached, psync_pwrite, psync_seek, psync_zero,
 )
 from cbwcore._faults cimport (
     ACT_DELAY, ACT_ERROR, ACT_SHORT, ACT_STALL, LOG_LENGTH, MAX_RULES, OP_DISCARD, OP_FLUSH, OP_READ, OP_SEEK, OP_WRITE,
-    OP_ZERO, fault_call, fault_plan, fault_rule, faulty_discard, faulty_flush, faulty_pread, faulty_pwrite, faulty_seek,
+    OP_ZERO, fault_call, fault_plan, fault_rule, faulty_discard, faulty_flush, faulty_pread, faulty_pread_cached, faulty_pwrite, faulty_seek,
     faulty_zero, plan_init, plan_release,
 )
 from cbwcore._snapshot cimport (
@@ -39,8 +39,9 @@ from cbwcore._engine cimport (
 )
 from cbwcore._engine cimport MAX_SNAPSHOTS as C_MAX_SNAPSHOTS
 from cbwcore._nbd_helpers cimport helpers_destroy, helpers_init, helpers_stop, new_eventfd
+from cbwcore._nbd_room cimport room_destroy, room_init
 from cbwcore._nbd cimport (
-    MAX_CONTEXTS, NBD_KEEP, conn_destroy, conn_init, conn_serve, conn_stop, conn_visit, nbd_conn, nbd_server,
+    MAX_CONTEXTS, conn_destroy, conn_init, conn_serve, conn_stop, conn_visit, nbd_conn, nbd_server,
 )
 
 import errno as _errno
@@ -59,6 +60,7 @@ MAX_SNAPSHOTS = C_MAX_SNAPSHOTS
 
 cdef blk_ops PSYNC
 PSYNC.pread = psync_pread
+PSYNC.pread_cached = psync_pread_cached
 PSYNC.pwrite = psync_pwrite
 PSYNC.zero = psync_zero
 PSYNC.discard = psync_discard
@@ -67,6 +69,7 @@ PSYNC.seek = psync_seek
 
 cdef blk_ops FAULTY
 FAULTY.pread = faulty_pread
+FAULTY.pread_cached = faulty_pread_cached
 FAULTY.pwrite = faulty_pwrite
 FAULTY.zero = faulty_zero
 FAULTY.discard = faulty_discard
@@ -328,6 +331,7 @@ cdef class DiskCore:
         self.d.io.mem_align = mem_align
         self.d.io.zero_align = zero_align
         self.d.io.is_device = is_device
+        self.d.io.in_memory = is_on_tmpfs(fd)
         self.d.closed = 0
 
     @property
@@ -567,6 +571,7 @@ cdef class SnapshotCore:
         self.s.target.mem_align = mem_align
         self.s.target.zero_align = zero_align
         self.s.target.is_device = is_device
+        self.s.target.in_memory = is_on_tmpfs(fd)
         self.s.target_is_new = is_new
         self.s.policy = policy
         self.s.target_limit = target_limit

@@ -14,7 +14,7 @@ from cbwcore._sys cimport (
     FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, SEEK_DATA, SEEK_END, SEEK_HOLE, close_once, cond_init, discard_device,
     fallocate_once, load_acquire, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_t, pthread_cond_wait,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
-    read_once, seek_once, sleep_ns, store_release, sync_once, write_once, zero_block,
+    read_cached, read_once, seek_once, sleep_ns, store_release, sync_once, write_once, zero_block,
 )
 from cbwcore._geometry cimport least, round_down, round_up
 from cbwcore._reqlist cimport reqlist, reqlist_add, reqlist_conflict, reqlist_remove, request
@@ -32,6 +32,7 @@ cdef struct blk
 
 cdef struct blk_ops:
     int64_t (*pread)(blk *b, int fd, void *buf, uint64_t n, uint64_t off) noexcept nogil
+    int64_t (*pread_cached)(blk *b, int fd, void *buf, uint64_t n, uint64_t off) noexcept nogil   # or -EAGAIN
     int64_t (*pwrite)(blk *b, int fd, const void *buf, uint64_t n, uint64_t off) noexcept nogil
     int (*zero)(blk *b, uint64_t off, uint64_t n, bint may_unmap) noexcept nogil
     int (*discard)(blk *b, uint64_t off, uint64_t n) noexcept nogil
@@ -45,6 +46,7 @@ cdef struct blk:
     int fd
     int tail_fd                 # -1 where there is no tail
     bint is_device
+    bint in_memory              # on tmpfs: no read waits for storage
     uint64_t size               # bytes, fixed at open
     uint64_t direct_end         # bytes; `size` where I/O is buffered or the size is aligned
     uint64_t align              # of offsets and lengths through fd; 1 where buffered
@@ -84,6 +86,14 @@ cdef inline void blk_destroy(blk *b) noexcept nogil:
 
 cdef inline int64_t psync_pread(blk *b, int fd, void *buf, uint64_t n, uint64_t off) noexcept nogil:
     return read_once(fd, buf, n, off)
+
+
+cdef inline int64_t psync_pread_cached(blk *b, int fd, void *buf, uint64_t n, uint64_t off) noexcept nogil:
+    cdef int64_t rc
+    if b.in_memory:
+        return read_once(fd, buf, n, off)
+    rc = read_cached(fd, buf, n, off)
+    return -EAGAIN if rc == -EOPNOTSUPP else rc
 
 
 cdef inline int64_t psync_pwrite(blk *b, int fd, const void *buf, uint64_t n, uint64_t off) noexcept nogil:
@@ -294,6 +304,13 @@ cdef inline int blk_read(blk *b, bufpool *pool, void *buf, uint64_t n, uint64_t 
     if rc == 0 and direct < n:
         rc = read_all(b, b.tail_fd, <char *>buf + direct, n - direct, off + direct)
     return rc
+
+
+cdef inline int blk_read_cached(blk *b, void *buf, uint64_t n, uint64_t off) noexcept nogil:
+    """blk_read() of what is in memory; -EAGAIN where not all of it is, or anything is odd: blk_read() will tell."""
+    if b.align > 1 or b.ops.pread_cached(b, b.fd, buf, n, off) != <int64_t>n:
+        return -EAGAIN
+    return 0
 
 
 cdef inline int blk_check_size(blk *b) noexcept nogil:

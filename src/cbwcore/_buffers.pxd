@@ -22,6 +22,7 @@ cdef enum:
     BUFFER_ALIGN = 4096
     SMALLEST_SHIFT = 12
     CLASSES = 16                # 4 KiB .. 128 MiB
+    LARGEST = 1 << 27
 
 
 cdef struct reserve:            # under the pool's lock
@@ -124,6 +125,8 @@ cdef inline int bufpool_get(bufpool *p, uint64_t n, reserve **own, bint patient,
     cdef bint shared = True
     if own != NULL:
         own[0] = NULL
+    if n > LARGEST:
+        return -ENOMEM
     pthread_mutex_lock(&p.lock)
     out[0] = take_kept(p, n)
     while out[0] == NULL:

@@ -25,11 +25,11 @@ from cbwcore._bitmap cimport bitmap, bitmap_put
 from cbwcore._buffers cimport bufpool, bufpool_destroy, bufpool_init
 from cbwcore._blockio cimport (
     BOUNCE, BOUNCE_BUDGET, blk, blk_close, blk_destroy, blk_discard, blk_extent, blk_flush, blk_needs_tracking,
-    blk_read, blk_track, blk_write, blk_write_zeroes,
+    blk_read, blk_read_cached, blk_track, blk_write, blk_write_zeroes,
 )
 from cbwcore._copy cimport old_data_put
 from cbwcore._snapshot cimport (
-    ARMED, E_CLOSED, cbw_pass, cbw_visit, failure, note_wait, snapshot, snapshot_needs, snapshot_preserve,
+    ARMED, E_CLOSED, E_WAIT, cbw_pass, cbw_visit, failure, note_wait, snapshot, snapshot_needs, snapshot_preserve,
     snapshot_put, snapshot_quiesce, snapshot_revoke,
 )
 
@@ -42,9 +42,6 @@ cdef enum:
     GUEST_WRITE_ZEROES
     GUEST_ZERO_FAST         # write zeroes, or -EOPNOTSUPP where that is no faster than writing data
     GUEST_DISCARD
-
-cdef enum:
-    E_WAIT = -100004        # beside the results of _snapshot.pxd
 
 
 cdef struct slot:           # one per 128 bytes: no two threads write one cache line, nor one pair of lines
@@ -435,6 +432,20 @@ cdef inline int guest_read(disk *d, void *buf, uint64_t off, uint64_t n) noexcep
     add_relaxed(&own.guest_read_bytes, n)
     leave_read(d, own)
     return rc
+
+
+cdef inline int guest_read_at_once(disk *d, void *buf, uint64_t off, uint64_t n) noexcept nogil:
+    """guest_read() that waits for no storage; else E_WAIT."""
+    cdef slot *own = enter_read(d)
+    cdef int rc
+    if own == NULL:
+        return E_CLOSED
+    rc = blk_read_cached(&d.io, buf, n, off)
+    if rc == 0:
+        add_relaxed(&own.guest_reads, 1)
+        add_relaxed(&own.guest_read_bytes, n)
+    leave_read(d, own)
+    return E_WAIT if rc < 0 else 0
 
 
 cdef inline int guest_cache(disk *d, uint64_t off, uint64_t n) noexcept nogil:

@@ -2,6 +2,7 @@
 # and fails, shortens, delays or stalls the calls that its plan names. It also counts and logs every call,
 # so that a test can say what was read and written, and how often.
 
+from libc.errno cimport EAGAIN
 from libc.stdint cimport int64_t, uint64_t
 from cbwcore._sys cimport (
     cond_init, pthread_cond_broadcast, pthread_cond_t, pthread_cond_wait, pthread_mutex_init,
@@ -125,6 +126,16 @@ cdef inline int64_t faulty_pread(blk *b, int fd, void *buf, uint64_t n, uint64_t
     cdef fault_plan *p = <fault_plan *>b.faults
     cdef int64_t rc = plan_apply(p, OP_READ, off, &n)
     return rc if rc < 0 else p.inner.pread(b, fd, buf, n, off)
+
+
+cdef inline int64_t faulty_pread_cached(blk *b, int fd, void *buf, uint64_t n, uint64_t off) noexcept nogil:
+    """While there are rules nothing counts as cached, so that they meet the real read."""
+    cdef fault_plan *p = <fault_plan *>b.faults
+    cdef bint rules
+    pthread_mutex_lock(&p.lock)
+    rules = p.nrules != 0
+    pthread_mutex_unlock(&p.lock)
+    return -EAGAIN if rules else p.inner.pread_cached(b, fd, buf, n, off)
 
 
 cdef inline int64_t faulty_pwrite(blk *b, int fd, const void *buf, uint64_t n, uint64_t off) noexcept nogil:

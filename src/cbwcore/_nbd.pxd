@@ -6,8 +6,8 @@
 # the buffer, else to the socket's watch, so that nobody is woken for nothing. When it is done with that request it is
 # the reader again, if nobody else is. So a request never changes threads, and requests overtake each other.
 #
-# What waits cannot be known, so it is presumed: a request is at once served until one took long; then, for a while,
-# all count as waiting.
+# A read will not wait if all of it is in the page cache. Of a write that cannot be known: it is presumed not to, until one
+# took long; then, for a while, all of them may.
 #
 # The reader owns `in_*` and `batch`; a request that outlives its turn owns its payload. The connection's own thread
 # is in conn_serve() from the first request to the last; helpers come and go.
@@ -16,25 +16,26 @@ from libc.errno cimport EAGAIN, EINVAL, EIO, ENOMEM, ENOSPC, EOVERFLOW, EPERM, E
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove, strlen
 from cbwcore._sys cimport (
-    add_relaxed, cond_init, exchange_seq_cst, load_acquire, load_relaxed, monotonic_ns, pthread_cond_broadcast,
+    cond_init, exchange_seq_cst, load_acquire, load_relaxed, map_lazily, monotonic_ns, munmap, pthread_cond_broadcast,
     pthread_cond_destroy, pthread_cond_t, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store_release,
 )
 from cbwcore._geometry cimport least
-from cbwcore._buffers cimport bufpool, bufpool_get, bufpool_put, bufpool_reserve, bufpool_unreserve, class_bytes, reserve
 from cbwcore._snapshot cimport (
-    CLOSED, E_ACCESS, E_BROKEN, E_CLOSED, failure, snapshot, snapshot_discard, snapshot_read, wake,
+    CLOSED, E_ACCESS, E_BROKEN, E_CLOSED, E_WAIT, failure, snapshot, snapshot_discard, snapshot_read,
+    snapshot_read_at_once, wake,
 )
 from cbwcore._engine cimport (
-    E_WAIT, GUEST_DISCARD, GUEST_WRITE, GUEST_WRITE_ZEROES, GUEST_ZERO_FAST, disk, guest_cache, guest_flush, guest_read,
-    guest_write, guest_write_at_once,
+    GUEST_DISCARD, GUEST_WRITE, GUEST_WRITE_ZEROES, GUEST_ZERO_FAST, disk, guest_cache, guest_flush, guest_read,
+    guest_read_at_once, guest_write, guest_write_at_once,
 )
 from cbwcore._nbd_helpers cimport (
-    epoll_arm, epoll_disarm, epoll_forget, eventfd_add, helpers, helpers_ready, seat_call, seat_event, seat_leave, seat_take,
+    epoll_add, epoll_forget, epoll_watch, eventfd_add, helpers, helpers_ready, seat_call, seat_event, seat_leave, seat_take,
 )
+from cbwcore._nbd_room cimport OWN_BYTES, room, room_put, room_stir, room_take_large, room_take_small, share
 from cbwcore._nbd_status cimport EXTENT_BYTES, context, list_extents
 from cbwcore._nbd_wire cimport (
-    PENDING, get16, get32, get64, lose, patience, put16, put32, put64, shut_receiving, wire, wire_destroy, wire_init,
+    PENDING, get16, get32, get64, patience, put16, put32, put64, shut_receiving, wire, wire_destroy, wire_init,
     wire_recv, wire_recv_idle, wire_send,
 )
 
@@ -69,9 +70,7 @@ cdef enum:                      # of the protocol
 cdef enum:
     IN_BYTES = 1 << 17          # received at once; a write whose payload fits is served from there
     BATCH_BYTES = 1 << 17       # answers collected before they are sent
-    CONN_BYTES = IN_BYTES + BATCH_BYTES + 2 * PENDING
-    NBD_KEEP = 8 << 20          # bytes of the budget to keep warm
-    OWN_BYTES = 1 << 17         # of the budget, for this connection alone: one request is always served
+    CONN_BYTES = IN_BYTES + BATCH_BYTES + 2 * PENDING + OWN_BYTES     # touched only as far as they are used
     BATCHED_READ = 1 << 16      # longest read that goes into a batch
     MAX_RUNNING = 16            # requests of one connection that are run at once
     MAX_CONTEXTS = 65
@@ -81,7 +80,7 @@ cdef enum:
 cdef enum:                      # what the reader came to
     ENDED                       # no request will come
     DRY                         # a helper found no request
-    WAITS                       # a request that may wait
+    GOT                         # a request; of read_on(): one that may wait
 
 cdef enum:                      # how a connection ended
     END_NONE
@@ -95,7 +94,7 @@ cdef enum:                      # how a connection ended
 
 cdef struct nbd_server:         # what the connections of a server share
     helpers crew
-    bufpool buffers             # bytes in flight
+    room memory                 # bytes in flight
     uint64_t max_request        # bytes
     uint64_t max_drain          # bytes: a longer payload is not even received
     uint64_t max_extents
@@ -110,8 +109,7 @@ cdef struct nbd_request:
     uint64_t off
     uint64_t n
     const char *payload         # in the connection's buffer until owned
-    void *owned                 # of the server's budget
-    reserve *own                # whether `owned` is the connection's reserve
+    void *owned                 # of the server's room
 
 
 cdef struct nbd_conn:
@@ -143,22 +141,20 @@ cdef struct nbd_conn:
     bint reading                # there is a reader
     bint owner_waits            # the connection's own thread wants to be it
     bint watched                # the socket's next event calls a helper
-    bint known                  # to epoll
     int running                 # requests that are run by threads that are not the reader
-    uint64_t charged            # bytes of large requests in flight; a connection may have a part of the budget
     int end                     # END_NONE while requests may come
     int seat
-    reserve own
+    share memory                # under the room's lock
 
 
 # ---- replies ----
 
-cdef inline uint32_t wire_errno(int64_t rc, bint from_target) noexcept nogil:
+cdef inline uint32_t wire_errno(const nbd_request *r, int64_t rc, bint from_target) noexcept nogil:
     """The protocol's errno for a failure (DESIGN section 8): what is not in its list is EIO, and so is all that a snapshot's
     target did: ENOSPC would make a hypervisor pause its guest for a full backup store."""
     if rc == E_CLOSED:
         return NBD_ESHUTDOWN
-    if from_target or rc == E_BROKEN or rc == E_ACCESS:
+    if from_target or rc == E_BROKEN or rc == E_ACCESS or (rc == -ENOSPC and r.type == CMD_READ):
         return EIO
     if -rc in (EPERM, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, NBD_ENOTSUP):
         return <uint32_t>-rc
@@ -223,7 +219,7 @@ cdef inline uint64_t put_read_head(const nbd_conn *c, char *p, const nbd_request
 
 cdef inline void send_result(nbd_conn *c, const nbd_request *r, int64_t rc, bint from_target) noexcept nogil:
     cdef char reply[256]
-    cdef uint32_t error = wire_errno(rc, from_target) if rc < 0 else 0
+    cdef uint32_t error = wire_errno(r, rc, from_target) if rc < 0 else 0
     wire_send(&c.w, reply, put_result(c, reply, r, error, error_text(rc)), NULL, 0)
 
 
@@ -241,44 +237,28 @@ cdef inline char *batch_room(nbd_conn *c, uint64_t n) noexcept nogil:
 
 
 cdef inline void batch_result(nbd_conn *c, const nbd_request *r, int64_t rc, bint from_target) noexcept nogil:
-    cdef uint32_t error = wire_errno(rc, from_target) if rc < 0 else 0
+    cdef uint32_t error = wire_errno(r, rc, from_target) if rc < 0 else 0
     c.nbatch += put_result(c, batch_room(c, 256), r, error, error_text(rc))
 
 
 # ---- memory ----
 
-cdef inline int take_buffer(nbd_conn *c, nbd_request *r, uint64_t n) noexcept nogil:
-    """Memory for `n` bytes, counted before it is allocated; waits for it. Small requests can fall back on what their
-    connection has for itself; of the rest a connection gets a quarter, so that one greedy client starves no other."""
-    cdef uint64_t size = class_bytes(n), share = c.server.buffers.limit // 4
+cdef inline int take_buffer(nbd_conn *c, nbd_request *r, uint64_t n, int64_t ns) noexcept nogil:
+    """Memory for `n` bytes; large requests wait for it for up to `ns`. 0, -ENOMEM or E_CLOSED."""
     cdef int rc
-    pthread_mutex_lock(&c.lock)
-    while c.charged and c.charged + size > share:
-        pthread_cond_wait(&c.changed, &c.lock)
-    c.charged += size
-    pthread_mutex_unlock(&c.lock)
-    r.own = &c.own
-    rc = bufpool_get(&c.server.buffers, n, &r.own if n <= OWN_BYTES else NULL, True, &r.owned)
-    if n > OWN_BYTES:
-        r.own = NULL
+    if n <= OWN_BYTES:
+        r.owned = room_take_small(&c.server.memory, &c.memory, n)
+        return 0
+    rc = room_take_large(&c.server.memory, &c.memory, n, ns, &c.stopping, &r.owned)
     if rc < 0:
         r.owned = NULL
-        uncharge(c, size)
     return rc
-
-
-cdef inline void uncharge(nbd_conn *c, uint64_t size) noexcept nogil:
-    pthread_mutex_lock(&c.lock)
-    c.charged -= size
-    pthread_cond_broadcast(&c.changed)
-    pthread_mutex_unlock(&c.lock)
 
 
 cdef inline void drop_buffer(nbd_conn *c, nbd_request *r, uint64_t n) noexcept nogil:
     """Give back what take_buffer() took for the same `n`."""
-    bufpool_put(&c.server.buffers, r.owned, n, r.own)
+    room_put(&c.server.memory, &c.memory, r.owned, n)
     r.owned = NULL
-    uncharge(c, class_bytes(n))
 
 
 # ---- receiving ----
@@ -293,22 +273,22 @@ cdef inline int end_of(nbd_conn *c, int64_t rc) noexcept nogil:
 
 
 cdef inline int receive(nbd_conn *c, uint64_t need, bint begun, bint owner, int *end) noexcept nogil:
-    """Have `need` bytes in the buffer from in_start on. WAITS: they are there; DRY; ENDED, and `end` tells why.
+    """Have `need` bytes in the buffer from in_start on. GOT; DRY; ENDED, and `end` tells why.
     `begun`: they are the rest of a request, which must not stall; else its peer may take its time."""
     cdef uint64_t have = c.in_end - c.in_start
     cdef int64_t rc
     if have >= need:
-        return WAITS
+        return GOT
     if have and c.in_start:
         memmove(c.in_buf, c.in_buf + c.in_start, have)
     c.in_start = 0
     c.in_end = have
     flush_batch(c)
     while have < need:
+        if load_acquire(&c.stopping):
+            end[0] = END_STOPPED
+            return ENDED
         if have == 0 and not begun:
-            if load_acquire(&c.stopping):
-                end[0] = END_STOPPED
-                return ENDED
             rc = wire_recv_idle(&c.w, c.in_buf, IN_BYTES, owner)
             if rc == -EAGAIN:
                 return DRY
@@ -319,7 +299,7 @@ cdef inline int receive(nbd_conn *c, uint64_t need, bint begun, bint owner, int 
             return ENDED
         have += <uint64_t>rc
         c.in_end = have
-    return WAITS
+    return GOT
 
 
 cdef inline int receive_far(nbd_conn *c, char *into, uint64_t n) noexcept nogil:
@@ -335,6 +315,8 @@ cdef inline int receive_far(nbd_conn *c, char *into, uint64_t n) noexcept nogil:
         flush_batch(c)
         c.in_start = c.in_end = 0
     while n:
+        if load_acquire(&c.stopping):
+            return END_STOPPED
         rc = wire_recv(&c.w, into if into != NULL else c.in_buf, n if into != NULL else least(n, IN_BYTES), &c.slow_peer)
         if rc <= 0:
             return end_of(c, rc)
@@ -371,36 +353,38 @@ cdef inline int64_t check(const nbd_conn *c, const nbd_request *r) noexcept nogi
 
 
 cdef inline int receive_payload(nbd_conn *c, nbd_request *r, bint owner, int64_t *refused, int *end) noexcept nogil:
-    """The data of a WRITE: in the buffer where they fit, else in memory of their own. WAITS or ENDED.
+    """The data of a WRITE: in the buffer where they fit, else in memory of their own. GOT or ENDED.
 
     What is refused is drained, so that the connection goes on, but not without bounds."""
     if refused[0] == 0 and REQUEST_BYTES + r.n <= IN_BYTES:
-        if receive(c, r.n, True, owner, end) != WAITS:
+        if receive(c, r.n, True, owner, end) != GOT:
             return ENDED
         r.payload = c.in_buf + c.in_start
         c.in_start += r.n
-        return WAITS
+        return GOT
     if r.n > c.server.max_drain:
         end[0] = END_OVERSIZED
         return ENDED
     if refused[0] == 0:
-        refused[0] = take_buffer(c, r, r.n)
+        flush_batch(c)
+        refused[0] = take_buffer(c, r, r.n, c.w.stall_ns)
+        c.slow_peer.deadline = 0                # that was not the peer's fault
     end[0] = receive_far(c, <char *>r.owned, r.n)
     if end[0]:
         if r.owned != NULL:
             drop_buffer(c, r, r.n)
         return ENDED
     r.payload = <const char *>r.owned
-    return WAITS
+    return GOT
 
 
 cdef inline int next_request(nbd_conn *c, nbd_request *r, bint owner, int64_t *refused, int *end) noexcept nogil:
-    """Receive one request, whole. WAITS: it is there, and `refused` is 0 or its -errno; ENDED; DRY."""
+    """Receive one request, whole. GOT, and `refused` is 0 or its -errno; ENDED; DRY."""
     cdef const char *p
     cdef int got
     c.slow_peer.deadline = 0
     got = receive(c, REQUEST_BYTES, False, owner, end)
-    if got != WAITS:
+    if got != GOT:
         return got
     p = c.in_buf + c.in_start
     r.flags = get16(p + 4)
@@ -420,7 +404,7 @@ cdef inline int next_request(nbd_conn *c, nbd_request *r, bint owner, int64_t *r
     refused[0] = check(c, r)
     if r.type == CMD_WRITE and r.n:
         return receive_payload(c, r, owner, refused, end)
-    return WAITS
+    return GOT
 
 
 # ---- what a request does ----
@@ -501,7 +485,7 @@ cdef inline int perform(nbd_conn *c, nbd_request *r, bint *from_target) noexcept
 
 cdef inline void run_read(nbd_conn *c, nbd_request *r) noexcept nogil:
     cdef char head[CHUNK_BYTES + 8]
-    cdef int rc = take_buffer(c, r, r.n)
+    cdef int rc = take_buffer(c, r, r.n, c.w.stall_ns)
     if rc < 0:
         send_result(c, r, rc, False)
         return
@@ -513,13 +497,21 @@ cdef inline void run_read(nbd_conn *c, nbd_request *r) noexcept nogil:
     drop_buffer(c, r, r.n)
 
 
+cdef inline int status_room(nbd_conn *c, nbd_request *r, uint64_t *most) noexcept nogil:
+    """Memory for the extents of a reply: where there is none for all of them, for fewer, which the protocol allows."""
+    most[0] = 1 if r.flags & FLAG_REQ_ONE else least(c.server.max_extents, r.n)
+    if take_buffer(c, r, most[0] * EXTENT_BYTES, 0) == 0:
+        return 0
+    most[0] = OWN_BYTES // EXTENT_BYTES
+    return take_buffer(c, r, OWN_BYTES, 0)
+
+
 cdef inline void run_status(nbd_conn *c, nbd_request *r) noexcept nogil:
     """One chunk for each context that was negotiated."""
-    cdef uint64_t most = 1 if r.flags & FLAG_REQ_ONE else least(c.server.max_extents, r.n)
-    cdef uint64_t room = most * EXTENT_BYTES
     cdef char head[CHUNK_BYTES + 4]
+    cdef uint64_t most = 0
     cdef int64_t n
-    cdef int i, rc = take_buffer(c, r, room)
+    cdef int i, rc = status_room(c, r, &most)
     if rc < 0:
         send_result(c, r, rc, False)
         return
@@ -536,7 +528,7 @@ cdef inline void run_status(nbd_conn *c, nbd_request *r) noexcept nogil:
         put_chunk(head, r, CHUNK_DONE if i == c.ncontexts - 1 else 0, CHUNK_BLOCK_STATUS, 4 + <uint64_t>n)
         put32(head + CHUNK_BYTES, <uint32_t>i + 1)
         wire_send(&c.w, head, CHUNK_BYTES + 4, <const char *>r.owned, <uint64_t>n)
-    drop_buffer(c, r, room)
+    drop_buffer(c, r, most * EXTENT_BYTES)
 
 
 cdef inline void run(nbd_conn *c, nbd_request *r) noexcept nogil:
@@ -557,15 +549,47 @@ cdef inline void run(nbd_conn *c, nbd_request *r) noexcept nogil:
 
 # ---- at once, or not ----
 
-cdef inline void batch_read(nbd_conn *c, const nbd_request *r) noexcept nogil:
-    """Read straight into the batch, behind the reply's head."""
+cdef inline int read_at_once(nbd_conn *c, char *buf, const nbd_request *r) noexcept nogil:
+    """read_export() of what is in memory, else E_WAIT."""
+    cdef bint in_target = False
+    cdef int rc
+    if c.s == NULL:
+        return guest_read_at_once(c.d, buf, r.off, r.n)
+    if not enter_snapshot(c.s):
+        return E_CLOSED
+    rc = snapshot_read_at_once(c.s, buf, r.n, r.off, &in_target)
+    leave_snapshot(c.s)
+    return -EIO if rc < 0 and in_target and rc > E_BROKEN else rc
+
+
+cdef inline bint batch_read(nbd_conn *c, const nbd_request *r) noexcept nogil:
+    """Read straight into the batch, behind the reply's head; False where that would wait."""
     cdef char *p = batch_room(c, CHUNK_BYTES + 8 + r.n)
     cdef uint64_t head = put_read_head(c, p, r)
-    cdef int rc = read_export(c, p + head, r)
+    cdef int rc = read_at_once(c, p + head, r)
+    if rc == E_WAIT:
+        return False
     if rc < 0:
         batch_result(c, r, rc, False)
     else:
         c.nbatch += head + r.n
+    return True
+
+
+cdef inline bint batch_write(nbd_conn *c, const nbd_request *r) noexcept nogil:
+    """Write into the page cache; False where that may wait."""
+    cdef int64_t before = monotonic_ns(), after
+    cdef int rc
+    if before < c.wary_until:
+        return False
+    rc = guest_write_at_once(c.d, r.payload, r.off, r.n)
+    if rc == E_WAIT:
+        return False
+    batch_result(c, r, rc, False)
+    after = monotonic_ns()
+    if after - before > LONG_NS + <int64_t>r.n:
+        c.wary_until = after + WARY_NS
+    return True
 
 
 cdef inline bint is_empty(const nbd_request *r) noexcept nogil:
@@ -573,55 +597,40 @@ cdef inline bint is_empty(const nbd_request *r) noexcept nogil:
     return r.n == 0 and r.type != CMD_FLUSH and (r.type == CMD_READ or not r.flags & FLAG_FUA)
 
 
-cdef inline bint serve_at_once(nbd_conn *c, nbd_request *r) noexcept nogil:
-    """Serve what is presumed not to wait; False where that is not so, and nothing was done."""
-    cdef int rc
+cdef inline bint serve_at_once(nbd_conn *c, const nbd_request *r) noexcept nogil:
+    """Serve what will not wait; False where that cannot be said, and nothing was done."""
     if c.always_waits or r.owned != NULL or r.flags & FLAG_FUA:
         return False
-    if r.type == CMD_READ and r.n <= BATCHED_READ:
-        batch_read(c, r)
-        return True
-    if r.type != CMD_WRITE:
-        return False
-    rc = guest_write_at_once(c.d, r.payload, r.off, r.n)
-    if rc == E_WAIT:
-        return False
-    batch_result(c, r, rc, False)
-    return True
+    if r.type == CMD_READ:
+        return r.n <= BATCHED_READ and batch_read(c, r)
+    return r.type == CMD_WRITE and batch_write(c, r)
 
 
 cdef inline int read_on(nbd_conn *c, nbd_request *r, bint owner, int *end) noexcept nogil:
-    """By the reader: serve requests until one may wait (WAITS, and it is in `r`), or no more come (DRY, ENDED)."""
-    cdef int64_t refused = 0, before, after = 0
+    """By the reader: serve requests until one may wait (GOT, and it is in `r`), or no more come (DRY, ENDED)."""
+    cdef int64_t refused = 0
     cdef int got
     while True:
         got = next_request(c, r, owner, &refused, end)
-        if got != WAITS:
+        if got != GOT:
             break
         if refused < 0 or is_empty(r):
             batch_result(c, r, refused, False)
-            continue
-        before = monotonic_ns()
-        if before < c.wary_until or not serve_at_once(c, r):
+        elif not serve_at_once(c, r):
             break
-        after = monotonic_ns()
-        if after - before > LONG_NS + <int64_t>r.n:
-            c.wary_until = after + WARY_NS
     flush_batch(c)
     return got
 
 
 # ---- the reader's part, and how it is handed on ----
 
-cdef inline bint keep_payload(nbd_conn *c, nbd_request *r) noexcept nogil:
-    """Before another may read: have the payload out of the connection's buffer. False where there is no memory."""
+cdef inline void keep_payload(nbd_conn *c, nbd_request *r) noexcept nogil:
+    """Before another may read: have the payload, at most IN_BYTES, out of the connection's buffer."""
     if r.payload == NULL or r.owned != NULL:
-        return True
-    if take_buffer(c, r, r.n) < 0:
-        return False
+        return
+    r.owned = room_take_small(&c.server.memory, &c.memory, r.n)
     memcpy(r.owned, r.payload, r.n)
     r.payload = <const char *>r.owned
-    return True
 
 
 cdef inline void hand_on(nbd_conn *c) noexcept nogil:
@@ -643,9 +652,8 @@ cdef inline void hand_on(nbd_conn *c) noexcept nogil:
 
 cdef inline void watch(nbd_conn *c) noexcept nogil:
     """Under lock: let a helper come when the socket has something."""
-    cdef helpers *crew = &c.server.crew
-    if epoll_arm(crew.epoll_fd, c.w.fd, c.known, seat_event(crew, c.seat)) == 0:
-        c.known = c.watched = True
+    c.watched = True
+    epoll_watch(c.server.crew.epoll_fd, c.w.fd, True, seat_event(&c.server.crew, c.seat))
 
 
 cdef inline void become_reader(nbd_conn *c) noexcept nogil:
@@ -653,7 +661,7 @@ cdef inline void become_reader(nbd_conn *c) noexcept nogil:
     c.reading = True
     if c.watched:
         c.watched = False
-        epoll_disarm(c.server.crew.epoll_fd, c.w.fd, seat_event(&c.server.crew, c.seat))
+        epoll_watch(c.server.crew.epoll_fd, c.w.fd, False, seat_event(&c.server.crew, c.seat))
 
 
 cdef inline bint read_again(nbd_conn *c, bint owner) noexcept nogil:
@@ -691,12 +699,10 @@ cdef inline void read_and_run(nbd_conn *c, bint owner) noexcept nogil:
     cdef nbd_request r
     cdef int end = END_NONE
     while True:
-        if read_on(c, &r, owner, &end) != WAITS:
+        if read_on(c, &r, owner, &end) != GOT:
             stop_reading(c, end)
             return
-        if not keep_payload(c, &r):
-            send_result(c, &r, -ENOMEM, False)
-            continue
+        keep_payload(c, &r)
         hand_on(c)
         run(c, &r)
         if not read_again(c, owner):
@@ -734,29 +740,30 @@ cdef inline void conn_destroy(nbd_conn *c) noexcept nogil:
 cdef inline int conn_serve(nbd_conn *c, int fd) noexcept nogil:
     """Serve a socket until it ends, once; by the thread that belongs to the connection. An END_ value, or -errno where
     there is no memory or no seat for it."""
-    cdef nbd_server *server = c.server
-    cdef void *memory
-    cdef int rc = bufpool_reserve(&server.buffers, &c.own, OWN_BYTES)
-    if rc < 0:
+    cdef helpers *crew = &c.server.crew
+    cdef char *memory = <char *>map_lazily(CONN_BYTES)
+    cdef int rc = -ENOMEM
+    if memory == NULL:
         return rc
-    rc = bufpool_get(&server.buffers, CONN_BYTES, NULL, False, &memory)
-    if rc == 0:
-        c.in_buf = <char *>memory
-        c.batch = c.in_buf + IN_BYTES
-        rc = conn_serve_with(c, fd, c.batch + BATCH_BYTES)
-        bufpool_put(&server.buffers, memory, CONN_BYTES, NULL)
-    bufpool_unreserve(&server.buffers, &c.own)
+    c.in_buf = memory
+    c.batch = memory + IN_BYTES
+    c.memory.own = memory + IN_BYTES + BATCH_BYTES + 2 * PENDING
+    if wire_init(&c.w, c.server.stall_ns, memory + IN_BYTES + BATCH_BYTES) == 0:
+        rc = c.seat = seat_take(crew, c)
+        if rc >= 0:
+            rc = epoll_add(crew.epoll_fd, fd, seat_event(crew, c.seat))
+            if rc == 0:
+                rc = serve_seated(c, fd)
+                epoll_forget(crew.epoll_fd, fd)
+            seat_leave(crew, c.seat)
+        wire_destroy(&c.w)
+    munmap(memory, CONN_BYTES)
     return rc
 
 
-cdef inline int conn_serve_with(nbd_conn *c, int fd, char *wire_buffers) noexcept nogil:
-    cdef helpers *crew = &c.server.crew
-    cdef int rc = wire_init(&c.w, c.server.stall_ns, wire_buffers)
-    if rc == 0:
-        rc = c.seat = seat_take(crew, c)
-    if rc < 0:
-        return rc
-    helpers_ready(crew)
+cdef inline int serve_seated(nbd_conn *c, int fd) noexcept nogil:
+    """Read, run, and wait until all is done; how it ended."""
+    helpers_ready(&c.server.crew)
     pthread_mutex_lock(&c.lock)
     c.w.fd = fd
     c.reading = True
@@ -765,21 +772,17 @@ cdef inline int conn_serve_with(nbd_conn *c, int fd, char *wire_buffers) noexcep
     pthread_mutex_lock(&c.lock)
     while c.running:
         pthread_cond_wait(&c.changed, &c.lock)
-    pthread_mutex_unlock(&c.lock)
-    seat_leave(crew, c.seat)
-    pthread_mutex_lock(&c.lock)
     c.w.fd = -1                 # the caller's to close; stop() finds nothing
     pthread_mutex_unlock(&c.lock)
-    if c.known:
-        epoll_forget(crew.epoll_fd, fd)
-    wire_destroy(&c.w)
     return c.end
 
 
 cdef inline void conn_stop(nbd_conn *c) noexcept nogil:
-    """From any thread, at any time: requests that were received are finished and answered; no more are."""
+    """From any thread, at any time: requests that were received are finished and answered; no more are received."""
     pthread_mutex_lock(&c.lock)
     store_release(&c.stopping, 1)
     if c.w.fd >= 0:
+        store_release(&c.w.stop_by, <uint64_t>(monotonic_ns() + c.w.stall_ns))
         shut_receiving(c.w.fd)
     pthread_mutex_unlock(&c.lock)
+    room_stir(&c.server.memory)

@@ -10,6 +10,7 @@ cdef class NbdCore:
     ``stall_seconds``: how long a request or reply may make no progress. DESIGN section 8."""
     cdef nbd_server *server
     cdef uint64_t generation
+    cdef bint ready
 
     def __cinit__(self, *, bytes_in_flight, max_request, max_drain, max_extents, double stall_seconds):
         cdef int rc
@@ -17,26 +18,32 @@ cdef class NbdCore:
         self.server = <nbd_server *>calloc(1, sizeof(nbd_server))
         if self.server == NULL:
             raise MemoryError("no memory for a server")
-        self.server.event_fd = -1
+        self.server.event_fd = self.server.crew.epoll_fd = self.server.crew.wake_fd = -1
         self.server.max_request = as_bytes(max_request, "max_request")
         self.server.max_drain = as_bytes(max_drain, "max_drain")
         self.server.max_extents = as_bytes(max_extents, "max_extents")
+        if self.server.max_request > LARGEST:
+            raise ConfigError(f"max_request {max_request} is more than {LARGEST}")
+        if self.server.max_extents == 0 or not 0 < stall_seconds <= 86400:
+            raise ConfigError(f"max_extents {max_extents} is not above 0, or stall_seconds {stall_seconds} not in (0, 86400]")
         self.server.stall_ns = <int64_t>(stall_seconds * 1e9)
-        rc = bufpool_init(&self.server.buffers, as_bytes(bytes_in_flight, "bytes_in_flight"), NBD_KEEP)
+        rc = room_init(&self.server.memory, as_bytes(bytes_in_flight, "bytes_in_flight"))
         if rc == 0:
             rc = helpers_init(&self.server.crew, conn_visit)
         if rc == 0:
             rc = self.server.event_fd = new_eventfd()
         if rc < 0:
             raise os_error(rc, None)
+        self.ready = True
 
     def __dealloc__(self):
         if self.server == NULL or self.generation != fork_generation:
             return
-        with nogil:
-            helpers_stop(&self.server.crew)
+        if self.ready:
+            with nogil:
+                helpers_stop(&self.server.crew)
+            room_destroy(&self.server.memory)
         helpers_destroy(&self.server.crew)
-        bufpool_destroy(&self.server.buffers)
         if self.server.event_fd >= 0:
             close(self.server.event_fd)
         free(self.server)
@@ -54,7 +61,7 @@ cdef class NbdCore:
 
     def _buffers(self):
         """(limit, used, kept, reserved) bytes in flight, as copy_buffers()."""
-        cdef bufpool *p = &self.server.buffers
+        cdef bufpool *p = &self.server.memory.buffers
         pthread_mutex_lock(&p.lock)
         figures = (p.limit, p.used + p.reserve_used, p.kept, p.reserved)
         pthread_mutex_unlock(&p.lock)

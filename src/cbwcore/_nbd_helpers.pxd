@@ -3,7 +3,7 @@
 # A connection takes a *seat*. A helper comes to it when it is called (there are requests in its buffer) or when its
 # socket, watched while nobody reads it, has something. Idle helpers sleep in epoll_wait(), and one of them is woken.
 # As long as fewer than MAX_HELPERS exist, one is always idle: a connection whose requests all wait for a dead target
-# holds up no other.
+# holds up no other; they fall back on their own threads.
 
 from libc.errno cimport EAGAIN
 from libc.stdint cimport uint32_t, uint64_t
@@ -23,17 +23,18 @@ cdef extern from * nogil:
     static inline int new_eventfd(void) { int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); return fd < 0 ? -errno : fd; }
     static inline int new_epoll(void) { int fd = epoll_create1(EPOLL_CLOEXEC); return fd < 0 ? -errno : fd; }
     static inline void eventfd_add(int fd) { uint64_t one = 1; if (write(fd, &one, 8) < 0) { } }
-    /* Edge-triggered: each call wakes one sleeper, and nobody needs to read the counter. */
+    /* Edge-triggered: nobody needs to read the counter. Calls may coalesce: who is woken wakes the next, see next_called(). */
     static inline int epoll_add_wake(int ep, int fd) {
         struct epoll_event e = { .events = EPOLLIN | EPOLLET, .data.u64 = CBW_WAKE };
         return epoll_ctl(ep, EPOLL_CTL_ADD, fd, &e) ? -errno : 0;
     }
-    static inline int epoll_arm(int ep, int fd, int known, uint64_t data) {
-        struct epoll_event e = { .events = EPOLLIN | EPOLLRDHUP | EPOLLONESHOT, .data.u64 = data };
-        return epoll_ctl(ep, known ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &e) ? -errno : 0;
-    }
-    static inline void epoll_disarm(int ep, int fd, uint64_t data) {
+    /* Known, and watched for one event, or for none. */
+    static inline int epoll_add(int ep, int fd, uint64_t data) {
         struct epoll_event e = { .events = EPOLLONESHOT, .data.u64 = data };
+        return epoll_ctl(ep, EPOLL_CTL_ADD, fd, &e) ? -errno : 0;
+    }
+    static inline void epoll_watch(int ep, int fd, int on, uint64_t data) {
+        struct epoll_event e = { .events = on ? EPOLLIN | EPOLLRDHUP | EPOLLONESHOT : EPOLLONESHOT, .data.u64 = data };
         epoll_ctl(ep, EPOLL_CTL_MOD, fd, &e);
     }
     static inline void epoll_forget(int ep, int fd) { epoll_ctl(ep, EPOLL_CTL_DEL, fd, NULL); }
@@ -50,8 +51,8 @@ cdef extern from * nogil:
     int new_epoll()
     void eventfd_add(int fd)
     int epoll_add_wake(int ep, int fd)
-    int epoll_arm(int ep, int fd, bint known, uint64_t data)
-    void epoll_disarm(int ep, int fd, uint64_t data)
+    int epoll_add(int ep, int fd, uint64_t data)
+    void epoll_watch(int ep, int fd, bint on, uint64_t data)
     void epoll_forget(int ep, int fd)
     uint64_t epoll_next(int ep)
 
@@ -223,7 +224,7 @@ cdef inline void seat_call(helpers *h, int i) noexcept nogil:
         else:
             h.seats[h.last].next = i
         h.last = i
-        keep_one_idle(h)
+    keep_one_idle(h)
     pthread_mutex_unlock(&h.lock)
     eventfd_add(h.wake_fd)
 

@@ -9,7 +9,7 @@ from libc.errno cimport EAGAIN, EINTR, EPIPE, ETIMEDOUT
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from cbwcore._sys cimport (
-    cond_init, load_acquire, monotonic_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_t,
+    cond_init, load_acquire, monotonic_ns, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
     pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, store_release,
 )
@@ -77,7 +77,7 @@ cdef extern from * nogil:
 
 cdef enum:
     PENDING = 16384             # bytes of small replies that may wait for the sender
-    STEADY = 65536              # bytes: who moves fewer within the stall limit has stalled
+    STEADY = 1 << 20            # bytes: who moves fewer within the stall limit, and is not done, has stalled
 
 
 cdef struct patience:           # of one transfer
@@ -88,6 +88,7 @@ cdef struct patience:           # of one transfer
 cdef struct wire:
     int fd
     int64_t stall_ns
+    uint64_t stop_by            # monotonic ns, 0 until the connection is to stop: from then on no peer gets more time
     uint64_t lost               # set once, to a positive errno
     pthread_mutex_t lock        # guards all below; not held while sending
     pthread_cond_t sent
@@ -102,6 +103,7 @@ cdef inline int wire_init(wire *w, int64_t stall_ns, char *buffers) noexcept nog
     """`buffers`: 2 * PENDING bytes, of the caller. The socket comes later."""
     w.stall_ns = stall_ns
     w.lost = 0
+    w.stop_by = 0
     w.sending = False
     w.waiting = w.npending = 0
     w.pending = buffers
@@ -124,10 +126,12 @@ cdef inline void lose(wire *w, int error) noexcept nogil:
 
 cdef inline int endure(wire *w, patience *p, bint to_send) noexcept nogil:
     """Wait for the socket in the middle of a transfer; -ETIMEDOUT once it has stalled."""
-    cdef int64_t now = monotonic_ns()
+    cdef int64_t now = monotonic_ns(), stop_by = <int64_t>load_acquire(&w.stop_by)
     if p.deadline == 0:
         p.deadline = now + w.stall_ns
         p.moved = 0
+    if stop_by and stop_by < p.deadline:
+        p.deadline = stop_by
     if now >= p.deadline:
         return -ETIMEDOUT
     socket_wait(w.fd, to_send, p.deadline - now)
@@ -159,8 +163,10 @@ cdef inline int64_t wire_recv(wire *w, char *buf, uint64_t n, patience *p) noexc
 
 cdef inline int64_t wire_recv_idle(wire *w, char *buf, uint64_t n, bint wait) noexcept nogil:
     """The beginning of a request, however long it takes (`wait`), else -EAGAIN. 0 where the peer has gone; -errno."""
-    cdef int64_t rc = -EINTR
-    while rc == -EINTR:
+    cdef int64_t rc = recv_once(w.fd, buf, n, wait)
+    while rc == -EINTR or (wait and rc == -EAGAIN):
+        if rc == -EAGAIN:
+            socket_wait(w.fd, False, w.stall_ns)    # a socket that its owner has made non-blocking
         rc = recv_once(w.fd, buf, n, wait)
     return rc
 
@@ -237,5 +243,5 @@ cdef inline void wire_send(wire *w, const char *head, uint64_t nhead, const char
         count = take_pending(w, &pieces[0]) if w.npending else 0
     w.sending = False
     if w.waiting:
-        pthread_cond_broadcast(&w.sent)
+        pthread_cond_signal(&w.sent)        # it will be the sender, or leave its reply with one, who signals the next
     pthread_mutex_unlock(&w.lock)

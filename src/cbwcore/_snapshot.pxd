@@ -26,7 +26,8 @@ from cbwcore._bitmap cimport bitmap, bitmap_any, bitmap_count, bitmap_free, bitm
     bitmap_test
 from cbwcore._reqlist cimport reqlist, reqlist_add, reqlist_find, reqlist_remove, request
 from cbwcore._buffers cimport bufpool, bufpool_destroy, bufpool_init, bufpool_unreserve, reserve
-from cbwcore._blockio cimport BOUNCE, BOUNCE_BUDGET, blk, blk_close, blk_destroy, blk_discard, blk_extent, blk_read_checked
+from cbwcore._blockio cimport BOUNCE, BOUNCE_BUDGET, blk, blk_close, blk_destroy, blk_discard, blk_check_size, \
+    blk_extent, blk_read_cached, blk_read_checked
 from cbwcore._copy cimport ZERO_WORDS, find_zeroes, old_data, old_data_covers, old_data_put, old_data_read, \
     old_data_ref, write_target
 from cbwcore._workers cimport work, workers, workers_init, workers_ready, workers_stop, workers_submit
@@ -49,6 +50,7 @@ cdef enum:                  # results beside 0 and -errno
     E_BROKEN = -100001
     E_ACCESS = -100002
     E_CLOSED = -100003
+    E_WAIT = -100004        # only of what is asked to be done at once
 
 cdef enum:
     READ_RUN = 1 << 20      # bytes that one snapshot read freezes at most
@@ -523,12 +525,16 @@ cdef inline int end_read(snapshot *s, reqlist *reads, request *r, int rc) noexce
     return rc
 
 
-cdef inline int64_t read_run(snapshot *s, char *buf, uint64_t n, uint64_t off, bint *in_target) noexcept nogil:
-    """Read one run, from the disk or the target; how many bytes, or an error."""
+cdef inline int64_t read_run(snapshot *s, char *buf, uint64_t n, uint64_t off, bint at_once,
+                             bint *in_target) noexcept nogil:
+    """Read one run, from the disk or the target; how many bytes, or an error. `at_once`: all that is asked for, or E_WAIT
+    where it is not one run, or not all in memory."""
     cdef uint64_t first = off >> s.shift, stop
     cdef reqlist *reads
     cdef request r
     cdef int rc
+    cdef uint64_t wanted = n
+    cdef blk *b
     n = least(n, READ_RUN)
     pthread_mutex_lock(&s.lock)
     rc = usable(s)
@@ -541,10 +547,17 @@ cdef inline int64_t read_run(snapshot *s, char *buf, uint64_t n, uint64_t off, b
     stop = bitmap_next(&s.done, first, outer_end(off, n, s.shift), not in_target[0])
     stop = bitmap_next(&s.access, first, stop, False)
     n = least(n, (stop << s.shift) - off)
+    if at_once and n < wanted:
+        pthread_mutex_unlock(&s.lock)
+        return E_WAIT
     reads = &s.target_reads if in_target[0] else &s.frozen
     reqlist_add(reads, &r, off, off + n)
     pthread_mutex_unlock(&s.lock)
-    rc = blk_read_checked(&s.target if in_target[0] else s.source, &s.bounce, buf, n, off)
+    b = &s.target if in_target[0] else s.source
+    if at_once and blk_read_cached(b, buf, n, off) < 0:
+        rc = E_WAIT
+    else:
+        rc = blk_check_size(b) if at_once else blk_read_checked(b, &s.bounce, buf, n, off)
     rc = end_read(s, reads, &r, rc)
     return rc if rc < 0 else <int64_t>n
 
@@ -558,13 +571,19 @@ cdef inline int snapshot_read(snapshot *s, char *buf, uint64_t n, uint64_t off, 
         pthread_mutex_unlock(&s.lock)
         return <int>rc
     while n:
-        rc = read_run(s, buf, n, off, in_target)
+        rc = read_run(s, buf, n, off, False, in_target)
         if rc < 0:
             return <int>rc
         buf += rc
         n -= <uint64_t>rc
         off += <uint64_t>rc
     return 0
+
+
+cdef inline int snapshot_read_at_once(snapshot *s, char *buf, uint64_t n, uint64_t off, bint *in_target) noexcept nogil:
+    """snapshot_read() of n > 0 bytes that waits for no storage; else E_WAIT."""
+    cdef int64_t rc = read_run(s, buf, n, off, True, in_target)
+    return <int>rc if rc < 0 else 0
 
 
 cdef inline int64_t snapshot_status(snapshot *s, uint64_t off, uint64_t end, int *flags) noexcept nogil:

@@ -24,6 +24,8 @@ cdef extern from * nogil:
     #include <sys/mman.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
+    #include <sys/uio.h>
+    #include <sys/vfs.h>
     #include <time.h>
     #include <unistd.h>
 
@@ -156,6 +158,20 @@ cdef extern from * nogil:
         ssize_t rc = pread(fd, buf, n, (off_t)off);
         return rc < 0 ? -errno : rc;
     }
+    /* What is in memory, without waiting for storage; -EAGAIN, -EOPNOTSUPP. */
+    static inline int64_t read_cached(int fd, void *buf, uint64_t n, uint64_t off) {
+    #ifdef RWF_NOWAIT
+        struct iovec v = { buf, n };
+        ssize_t rc = preadv2(fd, &v, 1, (off_t)off, RWF_NOWAIT);
+        return rc < 0 ? -errno : rc;
+    #else
+        return -EOPNOTSUPP;
+    #endif
+    }
+    static inline int is_on_tmpfs(int fd) {
+        struct statfs f;
+        return fstatfs(fd, &f) == 0 && f.f_type == 0x01021994;
+    }
     static inline int fallocate_once(int fd, int mode, uint64_t off, uint64_t n) {
         return fallocate(fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)n) ? -errno : 0;
     }
@@ -242,6 +258,8 @@ cdef extern from * nogil:
 
     int64_t read_once(int fd, void *buf, uint64_t n, uint64_t off)
     int64_t write_once(int fd, const void *buf, uint64_t n, uint64_t off)
+    int64_t read_cached(int fd, void *buf, uint64_t n, uint64_t off)
+    bint is_on_tmpfs(int fd)
     int fallocate_once(int fd, int mode, uint64_t off, uint64_t n)
     int discard_device(int fd, uint64_t off, uint64_t n)
     int64_t seek_once(int fd, uint64_t off, int whence)

@@ -237,8 +237,8 @@ def test_more_writes_wait_than_may_run_and_all_are_answered(core, tmp_path):
         plan.stall("pwrite")
         try:
             session = Session(core, disk)
-            for i in range(30):  # the socket takes what is not read yet
-                session.send(WRITE, 0, i, i * 65536, UNIT, b"2" * UNIT)
+            for i in range(30):  # small: the socket must take what is not read yet
+                session.send(WRITE, 0, i, i * 65536, 512, b"2" * 512)
             plan.wait_stalled(16)
             assert settled(lambda: plan.stalled) == 16
         finally:

@@ -11,9 +11,9 @@ __all__ = ["NbdLimits"]
 
 MAX_SECONDS = 86400.0
 RANGES = {
-    "request": (4096, 1 << 30),
+    "request": (4096, 1 << 27),  # the largest buffer of the core
     "drain": (4096, (1 << 32) - 1),
-    "connections": (1, 65536),
+    "connections": (1, 4096),  # the seats of the core
     "negotiating": (1, 65536),
     "options": (1, 65536),
     "option_bytes": (64, 1 << 24),
