@@ -14,7 +14,8 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from cbwcore._sys cimport (
-    CBW_SLOTS, add_seq_cst, exchange_seq_cst, is_on_tmpfs, load_relaxed, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock,
+    CBW_SLOTS, add_seq_cst, exchange_seq_cst, is_on_tmpfs, load_relaxed, pthread_cond_wait, pthread_mutex_lock,
+    pthread_mutex_unlock,
 )
 from cbwcore._sys cimport dio_alignment as c_dio_alignment
 from cbwcore._geometry cimport least, outer_end
@@ -26,8 +27,8 @@ from cbwcore._blockio cimport (
 )
 from cbwcore._faults cimport (
     ACT_DELAY, ACT_ERROR, ACT_SHORT, ACT_STALL, LOG_LENGTH, MAX_RULES, OP_DISCARD, OP_FLUSH, OP_READ, OP_SEEK, OP_WRITE,
-    OP_ZERO, fault_call, fault_plan, fault_rule, faulty_discard, faulty_flush, faulty_pread, faulty_pread_cached, faulty_pwrite, faulty_seek,
-    faulty_zero, plan_init, plan_release,
+    OP_ZERO, fault_call, fault_plan, fault_rule, faulty_discard, faulty_flush, faulty_pread, faulty_pread_cached,
+    faulty_pwrite, faulty_seek, faulty_zero, plan_init, plan_release,
 )
 from cbwcore._snapshot cimport (
     E_ACCESS, E_BROKEN, E_CLOSED, HISTOGRAM, STATUS_ACCESS, STATUS_ZERO, cbw_stats, failure, snapshot, snapshot_discard,

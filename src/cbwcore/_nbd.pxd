@@ -382,6 +382,9 @@ cdef inline int next_request(nbd_conn *c, nbd_request *r, bint owner, int64_t *r
     """Receive one request, whole. GOT, and `refused` is 0 or its -errno; ENDED; DRY."""
     cdef const char *p
     cdef int got
+    if load_acquire(&c.w.lost):
+        end[0] = end_of(c, 0)   # nobody is there to take an answer: what is left in the buffer is not worked off
+        return ENDED
     c.slow_peer.deadline = 0
     got = receive(c, REQUEST_BYTES, False, owner, end)
     if got != GOT:

@@ -57,6 +57,8 @@ class NbdLimits(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value <= MAX_SECONDS:
                 raise ConfigError(f"{name} {value!r} is no number of seconds above 0, up to {MAX_SECONDS}")
-        for name in ("drain", "bytes_in_flight"):
-            if getattr(self, name) < self.request:
-                raise ConfigError(f"{name} {getattr(self, name)} is less than request, {self.request}")
+        buffer = 1 << (self.request - 1).bit_length()  # they come in powers of two
+        for name, needed in (("drain", self.request), ("bytes_in_flight", buffer)):
+            value = getattr(self, name)
+            if value < needed:
+                raise ConfigError(f"{name} {value} is less than the {needed} bytes of a request of {self.request}")
