@@ -74,7 +74,8 @@ cdef enum:
     BATCHED_READ = 1 << 16      # longest read that goes into a batch
     MAX_RUNNING = 16            # requests of one connection that are run at once
     MAX_CONTEXTS = 65
-    LONG_NS = 200_000           # a request that took longer, and longer than 1 ns for each byte, has waited
+    SEND_BYTES = 1 << 15        # of answers in a batch that is not kept any longer: the client has enough to go on
+    LONG_NS = 1_000_000         # a write that took longer, and longer than 1 ns for each byte, has waited
     WARY_NS = 20_000_000        # for how long its like are then presumed to wait
 
 cdef enum:                      # what the reader came to
@@ -110,6 +111,7 @@ cdef struct nbd_request:
     uint64_t n
     const char *payload         # in the connection's buffer until owned
     void *owned                 # of the server's room
+    bint reads_next             # its thread is the reader again
 
 
 cdef struct nbd_conn:
@@ -397,6 +399,7 @@ cdef inline int next_request(nbd_conn *c, nbd_request *r, bint owner, int64_t *r
     r.n = get32(p + 24)
     r.payload = NULL
     r.owned = NULL
+    r.reads_next = False
     if get32(p) != REQUEST_MAGIC:
         end[0] = END_MAGIC
         return ENDED
@@ -493,6 +496,7 @@ cdef inline void run_read(nbd_conn *c, nbd_request *r) noexcept nogil:
         send_result(c, r, rc, False)
         return
     rc = read_export(c, <char *>r.owned, r)
+    read_next(c, r)
     if rc < 0:
         send_result(c, r, rc, False)
     else:
@@ -547,7 +551,11 @@ cdef inline void run(nbd_conn *c, nbd_request *r) noexcept nogil:
     rc = perform(c, r, &from_target)
     if r.owned != NULL:
         drop_buffer(c, r, r.n)
-    send_result(c, r, rc, from_target)
+    read_next(c, r)
+    if r.reads_next:
+        batch_result(c, r, rc, from_target)
+    else:
+        send_result(c, r, rc, from_target)
 
 
 # ---- at once, or not ----
@@ -576,6 +584,8 @@ cdef inline bint batch_read(nbd_conn *c, const nbd_request *r) noexcept nogil:
         batch_result(c, r, rc, False)
     else:
         c.nbatch += head + r.n
+    if c.nbatch >= SEND_BYTES:
+        flush_batch(c)
     return True
 
 
@@ -667,18 +677,28 @@ cdef inline void become_reader(nbd_conn *c) noexcept nogil:
         epoll_watch(c.server.crew.epoll_fd, c.w.fd, False, seat_event(&c.server.crew, c.seat))
 
 
-cdef inline bint read_again(nbd_conn *c, bint owner) noexcept nogil:
-    """After a request was run: be the reader again. False: a helper where there is one, or no more requests come."""
-    cdef bint mine
+cdef inline void read_next(nbd_conn *c, nbd_request *r) noexcept nogil:
+    """Before a request that was run is answered: be the reader again, if nobody is. So the socket is not watched any more
+    when the answer lets the client go on, and no other thread is woken for what comes then."""
+    pthread_mutex_lock(&c.lock)
+    if not c.reading and c.end == END_NONE:
+        become_reader(c)
+        r.reads_next = True
+    pthread_mutex_unlock(&c.lock)
+
+
+cdef inline bint end_run(nbd_conn *c, const nbd_request *r, bint owner) noexcept nogil:
+    """After a request was run and answered: whether to read on. The connection's own thread waits until it can."""
+    cdef bint mine = r.reads_next
     pthread_mutex_lock(&c.lock)
     c.running -= 1
-    while owner and c.reading and c.end == END_NONE:
+    while owner and not mine and c.reading and c.end == END_NONE:
         c.owner_waits = True
         pthread_cond_wait(&c.changed, &c.lock)
         c.owner_waits = False
-    mine = not c.reading and c.end == END_NONE
-    if mine:
+    if not mine and not c.reading and c.end == END_NONE:
         become_reader(c)
+        mine = True
     if c.end != END_NONE:
         pthread_cond_broadcast(&c.changed)
     pthread_mutex_unlock(&c.lock)
@@ -708,7 +728,7 @@ cdef inline void read_and_run(nbd_conn *c, bint owner) noexcept nogil:
         keep_payload(c, &r)
         hand_on(c)
         run(c, &r)
-        if not read_again(c, owner):
+        if not end_run(c, &r, owner):
             return
 
 
