@@ -74,7 +74,7 @@ cdef enum:
     BATCHED_READ = 1 << 16      # longest read that goes into a batch
     MAX_RUNNING = 16            # requests of one connection that are run at once
     MAX_CONTEXTS = 65
-    SEND_BYTES = 1 << 15        # of answers in a batch that is not kept any longer: the client has enough to go on
+    SEND_BYTES = 1 << 14        # of answers in a batch that is not kept any longer: the client has enough to go on
     LONG_NS = 1_000_000         # a write that took longer, and longer than 1 ns for each byte, has waited
     WARY_NS = 20_000_000        # for how long its like are then presumed to wait
 
