@@ -1,0 +1,384 @@
+"""Clients that do wrong, and the guest beside them: its requests are all answered rightly, and not held up."""
+
+import contextlib
+import random
+import socket
+import statistics
+import struct
+import time
+
+import nbd_protocol as nbd
+import pytest
+from engine_support import CLUSTER, LIMIT, assert_t0, file_bytes, pattern, settled, stalled, until
+from nbd_support import Client, Disconnected
+
+MIB = 1 << 20
+ALLOWED = 0.001  # seconds that a bad client may cost a guest
+NOISE = 0.02  # what a busy machine of two cores may cost one request in a hundred; a stall here costs 30 s
+ROUNDS = 5
+REQUESTS = 120  # of the guest, in one round
+
+
+class WellBehaved:
+    """A guest that writes and reads back, and the seconds that each of its requests took."""
+
+    def __init__(self, client, length):
+        self.client = client
+        self.length = length
+        self.rng = random.Random(length)
+
+    def round(self, count=REQUESTS):
+        """(median, 99th percentile) of the seconds of a request."""
+        seconds = []
+        for number in range(count):
+            offset = self.rng.randrange(self.client.size - self.length)
+            data = bytes([number % 255 + 1]) * self.length
+            started = time.perf_counter()
+            self.client.ok(nbd.WRITE, offset, 0, data)
+            written = time.perf_counter()
+            assert self.client.read(offset, self.length) == data
+            seconds += [written - started, time.perf_counter() - written]
+        return statistics.median(seconds), statistics.quantiles(seconds, n=100)[-1]
+
+
+def unhurt(guest, count=REQUESTS, *, without):
+    """It is as quick beside the bad client as ``without`` it, in the best of some rounds each: noise comes and goes,
+    and a guest that is held up is so in all of them."""
+    beside = [guest.round(count) for _ in range(ROUNDS)]
+    for which, allowed in ((0, ALLOWED), (1, ALLOWED + NOISE)):
+        best, before = min(r[which] for r in beside), min(r[which] for r in without)
+        name = ("p50", "p99")[which]
+        assert best <= before + allowed, f"{name} {best * 1e6:.0f} us, {before * 1e6:.0f} us without it"
+
+
+# Each takes (host, server, rng), does its wrong, and returns what must stay open while the guest is measured.
+
+
+def garbage_at_once(host, server, rng):
+    for _ in range(10):
+        client = host.connect(server)
+        with contextlib.suppress(Disconnected):
+            client.send(rng.randbytes(100_000))
+
+
+def garbage_as_options(host, server, rng):
+    for _ in range(10):
+        client = host.hello(server)
+        with contextlib.suppress(Disconnected):
+            client.send_option(rng.randrange(12), rng.randbytes(rng.randrange(60000)))
+            client.send(rng.randbytes(1000))
+
+
+def garbage_as_requests(host, server, rng):
+    for _ in range(10):
+        client = host.open(server=server)
+        with contextlib.suppress(Disconnected):
+            client.send(rng.randbytes(100_000))
+
+
+def requests_of_every_kind_of_nonsense(host, server, rng):
+    client = host.open("snapshot", server=server)
+    for _ in range(1000):
+        cmd, flags = rng.choice([*range(9), 99, 0xFFFF]), rng.randrange(1 << 16)
+        if cmd not in (nbd.WRITE, nbd.DISC):
+            assert client.call(cmd, rng.getrandbits(64), rng.getrandbits(32), flags=flags).error
+
+
+def connects_and_says_nothing(host, server, rng):
+    for _ in range(10):
+        host.connect(server)
+
+
+def stalls_in_an_option(host, server, rng):
+    host.hello(server).send_option(nbd.GO, b"\0\0\0\4di", length=60000)
+
+
+def stalls_in_a_header(host, server, rng):
+    host.open(server=server).send(nbd.header(nbd.WRITE, 0, 4096)[:20])
+
+
+def stalls_in_a_small_payload(host, server, rng):
+    host.open(server=server).send(nbd.header(nbd.WRITE, 0, 4096) + b"n" * 100)
+
+
+def stalls_in_a_large_payload(host, server, rng):
+    host.open(server=server).send(nbd.header(nbd.WRITE, 0, 4 * MIB) + b"n" * MIB)
+
+
+def stalls_in_many_payloads(host, server, rng):
+    """Half of each has been taken when this returns."""
+    for _ in range(8):
+        host.open(server=server).send(nbd.header(nbd.WRITE, 0, 4 * MIB) + b"n" * (2 * MIB))
+
+
+def stalls_in_what_is_drained(host, server, rng):
+    host.open("snapshot", server=server).send(nbd.header(nbd.WRITE, 0, 60 * MIB) + b"n" * MIB)
+
+
+def vanishes_in_payloads(host, server, rng):
+    for length in (100, 4096, MIB, 4 * MIB):
+        for part in (0, 1, length // 2, length - 1):
+            client = host.open(server=server)
+            client.send(nbd.header(nbd.WRITE, 0, length) + b"n" * part)
+            client.sock.close()
+
+
+def asks_for_four_gib(host, server, rng):
+    client = host.open("snapshot", server=server)
+    for _ in range(100):
+        for cmd in (nbd.READ, nbd.CACHE, nbd.TRIM, nbd.WRITE_ZEROES, nbd.BLOCK_STATUS):
+            client.request(cmd, 0, 2**32 - 1)
+        while client.pending:
+            assert client.reply().error in (nbd.EINVAL, nbd.ENOSPC, nbd.EPERM)
+    for _ in range(10):
+        host.open(server=server).send(nbd.header(nbd.WRITE, 0, 2**32 - 1) + bytes(1000))
+
+
+def never_reads_large_replies(host, server, rng):
+    client = host.open("snapshot", server=server)
+    client.send(b"".join(nbd.header(nbd.READ, 0, 4 * MIB, handle=n) for n in range(64)))
+    settled(lambda: host.unread(client))
+
+
+def never_reads_large_replies_with_many_connections(host, server, rng):
+    """They hold all of the bytes in flight."""
+    clients = [host.open("snapshot", server=server) for _ in range(8)]
+    for client in clients:
+        client.send(b"".join(nbd.header(nbd.READ, 0, 4 * MIB, handle=n) for n in range(64)))
+    settled(lambda: [host.unread(client) for client in clients])
+
+
+def never_reads_small_replies(host, server, rng):
+    client = host.open("snapshot", server=server, timeout=0.2)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            client.send(nbd.header(nbd.READ, 0, 4096) * 1000)
+
+
+def never_reads_the_handshake(host, server, rng):
+    client = host.hello(server, timeout=0.2)
+    with contextlib.suppress(TimeoutError, Disconnected):
+        for _ in range(1000):
+            client.send_option(99, bytes(60000))
+
+
+BAD = [
+    garbage_at_once,
+    garbage_as_options,
+    garbage_as_requests,
+    requests_of_every_kind_of_nonsense,
+    connects_and_says_nothing,
+    stalls_in_an_option,
+    stalls_in_a_header,
+    stalls_in_a_small_payload,
+    stalls_in_a_large_payload,
+    stalls_in_many_payloads,
+    stalls_in_what_is_drained,
+    vanishes_in_payloads,
+    asks_for_four_gib,
+    never_reads_large_replies,
+    never_reads_large_replies_with_many_connections,
+    never_reads_small_replies,
+    never_reads_the_handshake,
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.__name__)
+def test_the_guest_is_not_held_up_by_a_client_that(host, bad, rng):
+    """On the same server, with the same exports, and a snapshot that the guest's writes are copied to."""
+    server = host.serve(bytes_in_flight=64 * MIB)
+    disk = host.disk(pattern(8 * MIB), server=server)
+    snap = host.snapshot(disk, server=server)
+    guest = WellBehaved(host.open(server=server), 4096)
+    guest.client.ok(nbd.WRITE, 0, 0, b"n" * disk.size)  # what comes is not about copies
+    without = [guest.round() for _ in range(ROUNDS)]
+    bad(host, server, rng)
+    unhurt(guest, without=without)
+    assert_t0(snap, disk.t0)
+
+
+@pytest.mark.parametrize("bad", [stalls_in_a_large_payload, never_reads_large_replies], ids=lambda bad: bad.__name__)
+def test_a_guest_of_large_requests_is_not_held_up_by_a_client_that(host, bad, rng):
+    """One that holds all that a client can of the bytes in flight."""
+    server = host.serve(bytes_in_flight=64 * MIB)
+    disk = host.disk(pattern(8 * MIB), server=server)
+    host.snapshot(disk, server=server)
+    guest = WellBehaved(host.open(server=server), MIB)
+    guest.client.ok(nbd.WRITE, 0, 0, b"n" * disk.size)
+    without = [guest.round(10) for _ in range(ROUNDS)]
+    bad(host, server, rng)
+    unhurt(guest, 10, without=without)
+
+
+@pytest.mark.parametrize(
+    "bad", [never_reads_large_replies_with_many_connections, stalls_in_many_payloads], ids=lambda bad: bad.__name__
+)
+def test_small_requests_that_wait_are_served_beside_clients_that_hold_all_the_memory(host, bad):
+    """First writes, of clusters that the others read (R6), and what must be durable."""
+    server = host.serve(bytes_in_flight=32 * MIB, request=4 * MIB)
+    disk = host.disk(pattern(4 * MIB), server=server)
+    snap = host.snapshot(disk, server=server)
+    guest = host.open(server=server, contexts=["base:allocation"])
+    guest.read(0, 1)
+    bad(host, server, None)
+    for start in range(0, disk.size, 8 * CLUSTER):  # eight at once, close behind each other
+        first = [guest.expect(nbd.WRITE, start + n * CLUSTER, 4096) + b"n" * 4096 for n in range(8)]
+        fua = [guest.expect(nbd.WRITE, start + n * CLUSTER + 4096, 4096, flags=nbd.FUA) + b"m" * 4096 for n in range(8)]
+        guest.send(b"".join(first + fua))
+        assert [guest.reply().error for _ in range(16)] == [0] * 16
+    guest.ok(nbd.FLUSH)
+    guest.ok(nbd.BLOCK_STATUS, 0, disk.size, flags=nbd.REQ_ONE)
+    assert guest.read(0, 100_000)[:8192] == b"n" * 4096 + b"m" * 4096
+    assert snap.stats().cbw_bytes == disk.size
+
+
+def test_an_export_is_removed_while_its_requests_wait_for_memory(host, rig):
+    """Another disk's dead target holds all of it, and for ever: what waits must see that its connection is to end."""
+    server = host.serve(bytes_in_flight=32 * MIB, request=4 * MIB)
+    disk = host.disk(pattern(32 * MIB), server=server)
+    snap = host.snapshot(disk, server=server)
+    other = host.disk(pattern(4 * MIB), name="other", server=server)
+    waiting = [host.open("other", server=server) for _ in range(3)]
+    plan = rig.plan(snap)
+    plan.stall("pwrite")
+    for number in range(8):
+        host.open(server=server).send(nbd.header(nbd.WRITE, number * 4 * MIB, 4 * MIB) + b"n" * (4 * MIB))
+    stalled(plan, 8)
+    for client in waiting:
+        client.request(nbd.READ, 0, 4 * MIB)
+    rig.run(server.remove_export, "other").result()
+    for client in waiting:
+        with contextlib.suppress(Disconnected):
+            reply = client.reply()
+            assert reply.error in (nbd.ESHUTDOWN, nbd.ENOMEM) or reply.data == other.t0
+    plan.release()
+
+
+def cut_short():
+    """Where a client may vanish: in the header of a write, and in its payload."""
+    for length in (1, 4096, 65536, 200_000, 3 * MIB):
+        whole = nbd.header(nbd.WRITE, 100, length) + b"n" * length
+        for part in (1, 4, 16, 27, 28, 29, 28 + length // 2, 28 + length - 1):
+            if part < len(whole):
+                yield length, part
+
+
+@pytest.mark.parametrize("over", ["unix", "tcp"])
+def test_of_a_client_that_vanishes_in_a_request_nothing_is_written_or_copied(host, rig, over):
+    server = host.serve() if over == "unix" else host.serve_tcp()
+    disk = host.disk(pattern(4 * MIB), server=server)
+    snap = host.snapshot(disk, server=server)
+    plan = rig.plan(disk)
+    for length, part in cut_short():
+        client = host.open(server=server)
+        client.send((nbd.header(nbd.WRITE, 100, length) + b"n" * length)[:part])
+        if over == "tcp" and part % 2:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        client.sock.close()
+    host.ended(server)
+    assert plan.calls() == []
+    assert file_bytes(disk.path) == disk.t0
+    stats = snap.stats()
+    assert (stats.cbw_copies, stats.cbw_bytes, stats.waits, stats.guest_writes) == (0, 0, 0, 0)
+    assert disk.stats().guest_writes == 0
+    assert_t0(snap, disk.t0)
+
+
+@pytest.mark.parametrize("tail", [0, 1, 27, 28, 1000])
+def test_a_write_before_the_one_that_vanishes_is_done_whole_or_not_at_all(host, tail):
+    disk = host.disk()
+    snap = host.snapshot(disk)
+    client = host.open()
+    first = nbd.header(nbd.WRITE, 0, 512) + b"n" * 512
+    second = nbd.header(nbd.WRITE, CLUSTER, 4096) + b"m" * 4096
+    client.send(first + second[:tail])
+    client.sock.close()
+    host.ended()
+    assert file_bytes(disk.path) in (disk.t0, b"n" * 512 + disk.t0[512:])
+    assert_t0(snap, disk.t0)
+    assert snap.stats().cbw_copies <= 1
+
+
+def test_a_client_that_vanishes_while_its_write_waits_for_a_copy(host, rig):
+    """The write is done or not; nothing hangs, and the connection's place is given back."""
+    disk = host.disk()
+    snap = host.snapshot(disk)
+    plan = rig.plan(snap)
+    plan.stall("pwrite")
+    client = host.open()
+    client.request(nbd.WRITE, 0, 0, b"n" * 512)
+    until(lambda: plan.stalled, "the copy")
+    client.sock.close()
+    guest = host.open()
+    assert guest.read(CLUSTER, 512) == disk.t0[CLUSTER : CLUSTER + 512]
+    plan.release()
+    guest.disconnect()
+    host.ended()
+    assert_t0(snap, disk.t0)
+
+
+@pytest.mark.parametrize("name", ["disk", "snapshot"])
+@pytest.mark.parametrize("length", [512, CLUSTER, MIB])
+def test_what_a_client_asked_for_before_it_vanished_is_not_worked_off(host, rig, name, length):
+    """128 KiB of requests for 32 MiB each would keep a core busy for a minute, with nobody there to take the data."""
+    disk = host.disk(pattern(MIB))
+    host.snapshot(disk)
+    plan = rig.plan(disk)
+    plan.stall("pread", times=1)
+    client = host.open(name)
+    client.send(b"".join(nbd.header(nbd.READ, 0, length, handle=n) for n in range(2000)))
+    until(lambda: plan.stalled, "the first read")
+    client.sock.close()
+    plan.release()
+    host.ended()
+    assert len(plan.calls("pread")) < 500  # what one batch of answers takes
+
+
+def test_clients_that_come_and_go_leave_nothing_behind(host):
+    """No thread, no descriptor, no byte of the budget: at the end a request as large as that is served."""
+    server = host.serve(request=4 * MIB, bytes_in_flight=32 * MIB)
+    disk = host.disk(pattern(4 * MIB), server=server)
+    for number in range(100):
+        if number % 8 == 0:
+            host.ended(server)
+        client = host.open(server=server)
+        client.send(
+            [
+                nbd.header(nbd.READ, 0, 4 * MIB),
+                nbd.header(nbd.WRITE, 0, 4 * MIB) + b"n" * 1000,
+                nbd.header(nbd.WRITE, 0, 4096) + b"n" * 1000,
+                nbd.header(nbd.READ, 0, 4096) * 100,
+            ][number % 4]
+        )
+        client.sock.close()
+    host.ended(server)
+    assert host.open(server=server).read(0, 4 * MIB) == disk.t0
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_the_server_closes_while_clients_storm_it(host, rig, number):
+    """They connect, use it and vanish at any moment of its end."""
+    server = host.serve()
+    disk = host.disk(server=server)
+    host.snapshot(disk, server=server)
+    path = host.paths[server]
+
+    def storm(kind):
+        with contextlib.suppress(Disconnected, OSError):
+            while True:
+                with Client(path, timeout=LIMIT) as client:
+                    client.hello().option(nbd.STRUCTURED_REPLY)
+                    client.go("disk" if kind % 2 else "snapshot")
+                    for n in range(kind):
+                        client.request(nbd.READ, n * 4096, 4096)
+                        client.request(nbd.WRITE, n * 4096, 0, b"n" * 4096)
+                    while client.pending and kind % 3:
+                        client.reply()
+
+    storms = [rig.run(storm, kind) for kind in range(6)]
+    reads = disk.stats().guest_reads
+    until(lambda: disk.stats().guest_reads > reads + 20 * number, "some use")
+    rig.run(server.close).result()
+    for thread in storms:
+        thread.result()
+    assert server.connections == 0
