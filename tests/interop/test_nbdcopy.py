@@ -187,7 +187,14 @@ def guest(uri, *options):
     return [
         *("fio", "--name=guest", "--ioengine=nbd", f"--uri={uri}", "--thread"),
         *("--rw=randrw", "--rwmixread=20", "--bsrange=512-128k", "--blockalign=512", "--iodepth=16"),
-        *("--numjobs=4", "--size=25%", "--offset_increment=25%", "--verify=crc32c", "--randseed=7"),
+        *(
+            "--numjobs=4",
+            "--size=25%",
+            "--offset_increment=25%",
+            "--verify=crc32c",
+            "--verify_state_save=0",
+            "--randseed=7",
+        ),
         *("--rate_iops=300", "--runtime=2", "--time_based", "--group_reporting", *options),
     ]
 
