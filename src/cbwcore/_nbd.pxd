@@ -251,7 +251,7 @@ cdef inline int take_buffer(nbd_conn *c, nbd_request *r, uint64_t n, int64_t ns)
     if n <= OWN_BYTES:
         r.owned = room_take_small(&c.server.memory, &c.memory, n)
         return 0
-    rc = room_take_large(&c.server.memory, &c.memory, n, ns, &c.stopping, &r.owned)
+    rc = room_take_large(&c.server.memory, &c.memory, n, ns, &c.stopping, &c.w.lost, &r.owned)
     if rc < 0:
         r.owned = NULL
     return rc
@@ -496,7 +496,8 @@ cdef inline void run_read(nbd_conn *c, nbd_request *r) noexcept nogil:
         send_result(c, r, rc, False)
         return
     rc = read_export(c, <char *>r.owned, r)
-    read_next(c, r)
+    if r.n <= BATCHED_READ:     # what is larger a client may take slowly, and meanwhile somebody else is to read
+        read_next(c, r)
     if rc < 0:
         send_result(c, r, rc, False)
     else:
@@ -737,7 +738,7 @@ cdef inline void conn_visit(void *taker) noexcept nogil:
     cdef nbd_conn *c = <nbd_conn *>taker
     cdef bint mine
     pthread_mutex_lock(&c.lock)
-    mine = not c.reading and c.end == END_NONE and not c.owner_waits
+    mine = not c.reading and c.end == END_NONE and not c.owner_waits and c.running < MAX_RUNNING
     if mine:
         become_reader(c)
     pthread_mutex_unlock(&c.lock)

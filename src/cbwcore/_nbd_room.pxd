@@ -12,12 +12,14 @@ from cbwcore._sys cimport (
     pthread_cond_t, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock,
 )
+from cbwcore._geometry cimport least
 from cbwcore._buffers cimport bufpool, bufpool_destroy, bufpool_get, bufpool_init, bufpool_put, class_bytes
 from cbwcore._snapshot cimport E_CLOSED
 
 cdef enum:
     OWN_BYTES = 1 << 17
     KEEP_BYTES = 8 << 20        # to keep warm
+    LOOK_NS = 1_000_000_000     # how often a waiter looks whether its peer is lost
 
 
 cdef struct place:              # in the queue; its thread's, until it has left it
@@ -69,13 +71,15 @@ cdef inline void *room_take_small(room *m, share *s, uint64_t n) noexcept nogil:
     return s.own
 
 
-cdef inline int wait_on(room *m, int64_t deadline, const uint64_t *stopping) noexcept nogil:
-    """Under lock: until something changed. E_CLOSED once the connection is to stop; -ENOMEM when the time is up."""
-    if load_acquire(stopping):
+cdef inline int wait_on(room *m, int64_t deadline, const uint64_t *stopping, const uint64_t *lost) noexcept nogil:
+    """Under lock: until something may have changed. E_CLOSED once the connection is to stop or has lost its peer;
+    -ENOMEM when the time is up."""
+    cdef int64_t now = monotonic_ns()
+    if load_acquire(stopping) or load_acquire(lost):
         return E_CLOSED
-    if monotonic_ns() >= deadline:
+    if now >= deadline:
         return -ENOMEM
-    cond_wait_until(&m.changed, &m.lock, deadline)
+    cond_wait_until(&m.changed, &m.lock, now + <int64_t>least(<uint64_t>(deadline - now), LOOK_NS))
     return 0
 
 
@@ -104,7 +108,7 @@ cdef inline bint is_greedy(const room *m, const share *s, uint64_t size) noexcep
 
 
 cdef inline int room_take_large(room *m, share *s, uint64_t n, int64_t ns, const uint64_t *stopping,
-                                void **out) noexcept nogil:
+                                const uint64_t *lost, void **out) noexcept nogil:
     """Memory for n > OWN_BYTES, after waiting for up to `ns`. 0, -ENOMEM or E_CLOSED."""
     cdef uint64_t size = class_bytes(n), seen
     cdef int64_t deadline = monotonic_ns() + ns
@@ -114,7 +118,7 @@ cdef inline int room_take_large(room *m, share *s, uint64_t n, int64_t ns, const
         return -ENOMEM
     pthread_mutex_lock(&m.lock)
     while rc == 0 and is_greedy(m, s, size):
-        rc = wait_on(m, deadline, stopping)
+        rc = wait_on(m, deadline, stopping, lost)
     if rc < 0:
         pthread_mutex_unlock(&m.lock)
         return rc
@@ -129,7 +133,7 @@ cdef inline int room_take_large(room *m, share *s, uint64_t n, int64_t ns, const
             pthread_mutex_lock(&m.lock)
             if rc != -EAGAIN:
                 break
-        rc = wait_on(m, deadline, stopping) if seen == m.returns else 0
+        rc = wait_on(m, deadline, stopping, lost) if seen == m.returns else 0
     leave_queue(m, &mine)
     if rc < 0:
         s.charged -= size

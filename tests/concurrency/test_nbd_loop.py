@@ -298,3 +298,18 @@ def test_stop_at_any_moment(core, tmp_path):
             assert session.end() == "stopped"
             for i in answered:
                 assert disk.pread(1, (i % 64) * UNIT) == bytes([round_number])
+
+
+def test_a_large_answer_that_nobody_takes_yet_does_not_stop_the_reading(core, tmp_path):
+    """The client sends all of a large write before it takes the large read's answer, which its socket does not hold."""
+    size = 1 << 20
+    path = tmp_path / "disk"
+    path.write_bytes(b"1" * (2 * size))
+    with cbwcore.Disk(path) as disk:
+        session = Session(core, disk)
+        session.send(READ, 0, 1, 0, size)
+        assert session.sock.recv(1, socket.MSG_PEEK)  # the answer is on its way, and stuck
+        session.send(WRITE, 0, 2, size, size, b"2" * size)
+        assert sorted(session.reply() for _ in range(2)) == [(1, 0, b"1" * size), (2, 0, None)]
+        session.send(DISC, 0, 0, 0, 0)
+        assert session.end() == "disconnected by the client"

@@ -1076,12 +1076,24 @@ def read(sock, length):
     return bytes(data)
 
 
+def close_notify(session):
+    """That alone: unwrap() would not let it read on. The socket may be full of what was sent before."""
+    while True:
+        try:
+            session._sslobj.shutdown()
+            return
+        except ssl.SSLWantWriteError:
+            poll = select.poll()
+            poll.register(session, select.POLLOUT)
+            assert poll.poll(LIMIT * 1000)
+
+
 def end(sock):
     """The end of what ``sock`` sends."""
     if isinstance(sock, ssl.SSLSocket):
         sock.setblocking(False)
         with contextlib.suppress(ssl.SSLWantReadError):
-            sock._sslobj.shutdown()  # close_notify alone: unwrap() would not let it read on
+            close_notify(sock)
         sock.settimeout(LIMIT)
     else:
         sock.shutdown(socket.SHUT_WR)
