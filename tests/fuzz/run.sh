@@ -80,6 +80,7 @@ run() {    # run NAME libFuzzer's arguments...
 failed() {    # failed NAME: what its log says, and what to do
     grep -vE '	(NEW|REDUCE|pulse|RELOAD)|NEW_FUNC' "$work/log" | tail -n 80
     echo "run.sh: $1 FAILED"
+    grep -E '^ORACLE|ERROR: |^[A-Za-z]*Error: ' "$work/log" || true
     for file in "$found/$1"/*; do
         [ -e "$file" ] && echo "  replay with: tests/fuzz/run.sh replay $1 $file"
     done

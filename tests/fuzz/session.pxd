@@ -24,8 +24,8 @@ cdef enum:
     HEAD = 5
     REQUEST = 28                # bytes of a request without payload
     SAMPLE = 8
-    SHIFT = 14                  # of the snapshots' clusters
-    SIZE = (40 << SHIFT) + 1000
+    SHIFT = 12                  # of the snapshots' clusters
+    SIZE = (160 << SHIFT) + 1000
     DIRTY_SHIFT = 12            # of the bitmap that is exported
     MOST_REQUEST = 256 << 10    # the server's limits
     MOST_DRAIN = 512 << 10

@@ -10,8 +10,8 @@ import nbd_protocol as nbd
 
 HEAD = 5  # bytes before the requests
 SAMPLE = 8  # bytes of a WRITE's payload that an input has; they are repeated
-CLUSTER = 1 << 14
-SIZE = 40 * CLUSTER + 1000
+CLUSTER = 1 << 12
+SIZE = 160 * CLUSTER + 1000
 DIRTY = 1 << 12  # granularity of the bitmap that is exported
 MAX_REQUEST, MAX_DRAIN = 256 << 10, 512 << 10
 MAX_REQUESTS, MAX_SENT, MAX_RECEIVED = 200, 1 << 20, 4 << 20

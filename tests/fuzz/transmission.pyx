@@ -129,13 +129,15 @@ cdef enum:
     BUDGET = 64 << 20
     TIGHT = 512 << 10           # two requests of MOST_REQUEST
     PATIENT_US = 60_000_000
-    HASTY_US = 2_000
+    HASTY_US = 500
     SOCKET_BYTES = 400_000
     LITTLE = 150_000            # bytes that a socket surely takes
     STALLED_BYTES = 4096        # of a socket that nobody reads
     SLOW_NS = 300_000           # longer than what the loop takes for no waiting
     SLOW_CALLS = 3
     BESIDE_WRITES = 3           # at a time
+    MOST_BESIDE = 40            # of a session
+    BESIDE_BYTES = 16384        # of one, at most
     MANY_HELPERS = 40
     LOOK = 4096                 # sessions between two looks at descriptors and threads
     MUTATIONS = 6
@@ -295,15 +297,16 @@ cdef uint8_t pattern(uint64_t i) noexcept nogil:
 
 cdef void restore(uint64_t start, uint64_t end) noexcept nogil:
     """The disk as it was at T0, in the clusters that [start, end) touches."""
-    cdef uint64_t c, off, n
-    for c in range(start >> SHIFT, round_up(end, 1 << SHIFT) >> SHIFT):
-        off = c << SHIFT
-        n = least(<uint64_t>1 << SHIFT, SIZE - off)
+    cdef uint64_t c, first = start >> SHIFT, last = round_up(end, 1 << SHIFT) >> SHIFT
+    if start >= end:
+        return
+    start = first << SHIFT
+    end = least(last << SHIFT, SIZE)
+    write_once(D.io.fd, T0 + start, end - start, start)
+    memcpy(CONTENT + start, T0 + start, end - start)
+    for c in range(first, last):
         if is_hole(c):
-            fallocate_once(D.io.fd, FALLOC_FL_PUNCH_HOLE, off, round_up(n, 4096))
-        else:
-            write_once(D.io.fd, T0 + off, n, off)
-        memcpy(CONTENT + off, T0 + off, n)
+            fallocate_once(D.io.fd, FALLOC_FL_PUNCH_HOLE, c << SHIFT, 1 << SHIFT)
 
 
 cdef void attach(blk *b, int fd, file *f) noexcept nogil:
@@ -367,11 +370,11 @@ cdef void close_snapshot() noexcept nogil:
 cdef void write_beside(uint64_t i) noexcept nogil:
     """A guest write that the session knows nothing of, behind the snapshot that it reads."""
     cdef failure why
-    cdef uint64_t off = (i * 37 % 40) << SHIFT
+    cdef uint64_t off = (i * 37 % 150) << SHIFT
     if i % 3:
-        guest_write(&D, GUEST_WRITE, BESIDE, off + 4096 * (i % 4), 4096 + i % 2 * 9000, False, False, &why)
+        guest_write(&D, GUEST_WRITE, BESIDE, off + 512 * (i % 3), 4096 + i % 2 * 9000, False, False, &why)
     else:
-        guest_write(&D, GUEST_WRITE_ZEROES, NULL, off, 1 << SHIFT, False, i % 2, &why)
+        guest_write(&D, GUEST_WRITE_ZEROES, NULL, off, 3 << SHIFT, False, i % 2, &why)
 
 
 cdef void write_some_beside() noexcept nogil:
@@ -425,7 +428,7 @@ cdef void client_session() noexcept nogil:
             sending = S.nwire > 0 and client_sends(S.cut if before else S.nwire) and CLIENT.sent < S.nwire
             if not sending and not (S.leave == STALL and S.ragged):
                 shut_sending(CLIENT.fd)
-        if S.guest_writes:
+        if S.guest_writes and CLIENT.writes < MOST_BESIDE:
             write_some_beside()
         if before and (CLIENT.sent >= S.cut or not sending):
             before = False
@@ -615,8 +618,8 @@ cdef public int LLVMFuzzerInitialize(int *argc, char ***argv) noexcept nogil:
     ZEROES = <uint8_t *>calloc(1, SIZE)
     CONTENT = <uint8_t *>malloc(SIZE)
     GOT = <uint8_t *>malloc(MOST_RECEIVED + 1)
-    BESIDE = <uint8_t *>malloc(1 << SHIFT)
-    memset(BESIDE, 0xee, 1 << SHIFT)
+    BESIDE = <uint8_t *>malloc(BESIDE_BYTES)
+    memset(BESIDE, 0xee, BESIDE_BYTES)
     make_disk()
     make_server()
     if bufpool_init(&POOL, 8 << 20, 0) or pthread_mutex_init(&CLIENT.lock, NULL) or cond_init(&CLIENT.changed):
