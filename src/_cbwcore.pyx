@@ -14,8 +14,8 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from cbwcore._sys cimport (
-    CBW_SLOTS, add_seq_cst, exchange_seq_cst, is_on_tmpfs, load_relaxed, pthread_cond_wait, pthread_mutex_lock,
-    pthread_mutex_unlock,
+    CBW_SLOTS, add_seq_cst, count_cpus, exchange_seq_cst, is_on_tmpfs, load_relaxed, pthread_cond_wait, pthread_mutex_lock,
+    pthread_mutex_unlock, store_release,
 )
 from cbwcore._sys cimport dio_alignment as c_dio_alignment
 from cbwcore._geometry cimport least, outer_end
@@ -30,6 +30,7 @@ from cbwcore._faults cimport (
     OP_ZERO, fault_call, fault_plan, fault_rule, faulty_discard, faulty_flush, faulty_pread, faulty_pread_cached,
     faulty_pwrite, faulty_seek, faulty_zero, plan_init, plan_release,
 )
+from cbwcore._spin cimport spin_places
 from cbwcore._snapshot cimport (
     E_ACCESS, E_BROKEN, E_CLOSED, HISTOGRAM, STATUS_ACCESS, STATUS_ZERO, cbw_stats, failure, snapshot, snapshot_discard,
     snapshot_init, snapshot_put, snapshot_read, snapshot_release, snapshot_set_timeout, snapshot_status, wake,
@@ -80,6 +81,8 @@ FAULTY.seek = faulty_seek
 cdef bufpool POOL
 if bufpool_init(&POOL, 128 << 20, 16 << 20) < 0:
     raise MemoryError("cannot set up the copy buffers")
+
+store_release(&spin_places, count_cpus() - 1)
 
 cdef uint64_t fork_generation = 0      # a forked child has none of the threads and half of the locks: it may use nothing
 
@@ -148,6 +151,16 @@ def copy_buffers():
     figures = (POOL.limit, POOL.used + POOL.reserve_used, POOL.kept, POOL.reserved)
     pthread_mutex_unlock(&POOL.lock)
     return figures
+
+
+def set_polling_threads(count):
+    """How many threads may poll at once before they block; 0: none ever does."""
+    store_release(&spin_places, as_bytes(count, "polling threads"))
+
+
+def polling_threads():
+    """As set_polling_threads() left it; at first one less than the CPUs of the process."""
+    return load_relaxed(&spin_places)
 
 
 # ---- bitmaps ----

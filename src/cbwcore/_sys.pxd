@@ -17,6 +17,7 @@ cdef extern from * nogil:
     #include <linux/falloc.h>
     #include <linux/fs.h>
     #include <pthread.h>
+    #include <sched.h>
     #include <signal.h>
     #include <stdint.h>
     #include <string.h>
@@ -40,6 +41,19 @@ cdef extern from * nogil:
     static inline uint64_t or_acq_rel(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p, v, __ATOMIC_ACQ_REL); }
     static inline uint64_t and_acq_rel(uint64_t *p, uint64_t v) { return __atomic_fetch_and(p, v, __ATOMIC_ACQ_REL); }
     static inline uint64_t exchange_seq_cst(uint64_t *p, uint64_t v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
+
+    static inline void cpu_relax(void) {
+    #if defined __x86_64__ || defined __i386__
+        __builtin_ia32_pause();
+    #elif defined __aarch64__
+        __asm__ __volatile__("yield");
+    #endif
+    }
+    /* CPUs that this process may run on; at least 1. */
+    static int count_cpus(void) {
+        cpu_set_t set;
+        return sched_getaffinity(0, sizeof(set), &set) ? 1 : CPU_COUNT(&set);
+    }
 
     static inline int lowest_bit(uint64_t w) { return __builtin_ctzll(w); }
     static inline int count_bits(uint64_t w) { return __builtin_popcountll(w); }
@@ -228,6 +242,8 @@ cdef extern from * nogil:
     uint64_t and_acq_rel(uint64_t *p, uint64_t v)
     uint64_t exchange_seq_cst(uint64_t *p, uint64_t v)
 
+    void cpu_relax()
+    int count_cpus()
     int lowest_bit(uint64_t w)
     int count_bits(uint64_t w)
     uint64_t skip_blank_words(const uint64_t *words, uint64_t k, uint64_t end, uint64_t blank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cbwcore._cbwcore import copy_buffers, set_copy_budget
+from cbwcore._cbwcore import copy_buffers, polling_threads, set_copy_budget, set_polling_threads
 from cbwcore.errors import ConfigError
 
 __all__ = ["Limits", "limits"]
@@ -11,6 +11,7 @@ MIN_COPY_BYTES = 4096
 MAX_COPY_BYTES = 1 << 20
 MAX_COPIES = 1024
 MIN_COPY_BUFFERS = 1 << 20
+MAX_POLLING_THREADS = 4096
 
 
 def _checked(what: str, value: int, least: int, most: int) -> int:
@@ -57,6 +58,16 @@ class Limits:
         if value & (value - 1):
             raise ConfigError(f"copy_bytes {value} is no power of two")
         self._copy_bytes = value
+
+    @property
+    def polling_threads(self) -> int:
+        """How many threads may poll for a moment (up to 100 µs) before they block: for storage, a client's next request,
+        or a copy of another thread. Default: one less than the CPUs of the process; 0: none polls."""
+        return polling_threads()
+
+    @polling_threads.setter
+    def polling_threads(self, value: int) -> None:
+        set_polling_threads(_checked("polling_threads", value, 0, MAX_POLLING_THREADS))
 
 
 limits = Limits()

@@ -14,7 +14,12 @@ from cbwcore._cbwcore import MAX_SNAPSHOTS, FaultPlan, copy_buffers
 
 CLUSTER = 65536
 MIB = 1 << 20
-DEFAULTS = {"copy_buffers": 128 * MIB, "copies": 64, "copy_bytes": MIB}
+DEFAULTS = {
+    "copy_buffers": 128 * MIB,
+    "copies": 64,
+    "copy_bytes": MIB,
+    "polling_threads": len(os.sched_getaffinity(0)) - 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +38,7 @@ def test_the_defaults_are_those_of_the_design():
     [
         *[("copy_buffers", v) for v in (-1, 0, MIB - 1, 2**63, 2**70)],
         *[("copies", v) for v in (-1, 0, 1025, 2**70)],
+        *[("polling_threads", v) for v in (-1, 4097, 2**70)],
         *[("copy_bytes", v) for v in (-4096, 0, 4095, 2 * MIB, 65537, 12288)],
         *[(name, v) for name in DEFAULTS for v in ("64", None, 2.5, 65536.0 * 16, [])],
     ],
