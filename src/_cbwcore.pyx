@@ -14,8 +14,8 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from cbwcore._sys cimport (
-    CBW_SLOTS, add_seq_cst, count_cpus, exchange_seq_cst, is_on_tmpfs, load_relaxed, pthread_cond_wait, pthread_mutex_lock,
-    pthread_mutex_unlock, store_release,
+    CBW_SLOTS, add_seq_cst, count_cpus, exchange_seq_cst, has_holes, is_on_tmpfs, knows_size, load_relaxed,
+    pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, store_release,
 )
 from cbwcore._sys cimport dio_alignment as c_dio_alignment
 from cbwcore._geometry cimport least, outer_end
@@ -24,7 +24,9 @@ from cbwcore._bitmap cimport bitmap, bitmap_count, bitmap_free, bitmap_init, bit
 from cbwcore._buffers cimport LARGEST, bufpool, bufpool_init, bufpool_reserve, bufpool_set_limit
 from cbwcore._blockio cimport (
     blk, blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pread_cached, psync_pwrite, psync_seek, psync_zero,
+    uring_discard, uring_pread, uring_pwrite, uring_seek, uring_zero,
 )
+from cbwcore._uring cimport HAVE_URING, LIBURING_VERSION, rings_forget, rings_init, rings_probe
 from cbwcore._faults cimport (
     ACT_DELAY, ACT_ERROR, ACT_SHORT, ACT_STALL, LOG_LENGTH, MAX_RULES, OP_DISCARD, OP_FLUSH, OP_READ, OP_SEEK, OP_WRITE,
     OP_ZERO, fault_call, fault_plan, fault_rule, faulty_discard, faulty_flush, faulty_pread, faulty_pread_cached,
@@ -59,6 +61,7 @@ OPERATIONS = ("source-read", "target-write", "timeout")
 POLICIES = ("break-guest-write", "break-snapshot")
 STATES = ("armed", "broken", "closed")
 MAX_SNAPSHOTS = C_MAX_SNAPSHOTS
+LIBURING = LIBURING_VERSION.decode()    # the version that the build has, "" for none or one unknown
 
 cdef blk_ops PSYNC
 PSYNC.pread = psync_pread
@@ -68,6 +71,17 @@ PSYNC.zero = psync_zero
 PSYNC.discard = psync_discard
 PSYNC.flush = psync_flush
 PSYNC.seek = psync_seek
+PSYNC.keeps_deadline = False
+
+cdef blk_ops URING
+URING.pread = uring_pread
+URING.pread_cached = psync_pread_cached
+URING.pwrite = uring_pwrite
+URING.zero = uring_zero
+URING.discard = uring_discard
+URING.flush = psync_flush
+URING.seek = uring_seek
+URING.keeps_deadline = True
 
 cdef blk_ops FAULTY
 FAULTY.pread = faulty_pread
@@ -77,9 +91,10 @@ FAULTY.zero = faulty_zero
 FAULTY.discard = faulty_discard
 FAULTY.flush = faulty_flush
 FAULTY.seek = faulty_seek
+FAULTY.keeps_deadline = False          # a plan may stall a call
 
 cdef bufpool POOL
-if bufpool_init(&POOL, 128 << 20, 16 << 20) < 0:
+if bufpool_init(&POOL, 128 << 20, 16 << 20) < 0 or rings_init() < 0:
     raise MemoryError("cannot set up the copy buffers")
 
 store_release(&spin_places, count_cpus() - 1)
@@ -91,6 +106,7 @@ def _after_fork_in_child():
     global fork_generation
     fork_generation += 1
     bufpool_init(&POOL, POOL.limit, POOL.keep)      # its lock, and what it counts, were the parent's
+    rings_forget()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -135,6 +151,11 @@ def dio_alignment(int fd):
     if c_dio_alignment(fd, &mem, &offset) < 0:
         return None
     return mem, offset
+
+
+def io_uring_state():
+    """(whether this build has io_uring, the errno that the kernel refuses a ring with, 0: it does not)"""
+    return bool(HAVE_URING), -rings_probe() if HAVE_URING else 0
 
 
 def set_copy_budget(limit):
@@ -301,6 +322,31 @@ cdef void abandon(blk *b) noexcept nogil:
     b.fd = b.tail_fd = -1
 
 
+cdef void attach(blk *b, fd, tail_fd, size, direct_end, align, mem_align, zero_align, bint is_device, bint uring):
+    """Let `b` have open descriptors, and an I/O engine."""
+    b.engine = b.ops = &URING if uring else &PSYNC
+    b.fd = fd
+    b.tail_fd = tail_fd
+    b.size = size
+    b.direct_end = direct_end
+    b.align = align
+    b.mem_align = mem_align
+    b.zero_align = zero_align
+    b.is_device = is_device
+    b.in_memory = is_on_tmpfs(fd)
+    b.size_waits = not knows_size(fd)
+
+
+cdef void inject(blk *b, FaultPlan plan):
+    """Put a plan before the I/O engine; None takes it away."""
+    b.faults = NULL
+    b.ops = b.engine
+    if plan is not None:
+        plan.plan.inner = b.engine
+        b.faults = plan.plan
+        b.ops = &FAULTY
+
+
 cdef class DiskCore:
     """The guest's side of a disk. Every method may be called from any thread."""
     cdef disk *d
@@ -331,21 +377,13 @@ cdef class DiskCore:
         if self.d.io.ops != NULL:
             raise ValueError(f"this object is disk {self.path} already")
 
-    def _attach(self, path, fd, tail_fd, size, direct_end, align, mem_align, zero_align, bint is_device, bint read_only):
-        """Take over open descriptors; the disk is usable from here."""
+    def _attach(self, path, fd, tail_fd, size, direct_end, align, mem_align, zero_align, bint is_device, bint read_only,
+                bint uring):
+        """Take over open descriptors; the disk is usable from here. ``uring``: by io_uring, else psync."""
         self.path = path
         self.size = size
         self.read_only = read_only
-        self.d.io.ops = &PSYNC
-        self.d.io.fd = fd
-        self.d.io.tail_fd = tail_fd
-        self.d.io.size = size
-        self.d.io.direct_end = direct_end
-        self.d.io.align = align
-        self.d.io.mem_align = mem_align
-        self.d.io.zero_align = zero_align
-        self.d.io.is_device = is_device
-        self.d.io.in_memory = is_on_tmpfs(fd)
+        attach(&self.d.io, fd, tail_fd, size, direct_end, align, mem_align, zero_align, is_device, uring)
         self.d.closed = 0
 
     @property
@@ -486,8 +524,7 @@ cdef class DiskCore:
 
     def _inject(self, FaultPlan plan):
         """For tests: put the fault-injecting engine before the disk's own; None takes it away. No I/O may be in flight."""
-        self.d.io.faults = plan.plan if plan is not None else NULL
-        self.d.io.ops = &FAULTY if plan is not None else &PSYNC
+        inject(&self.d.io, plan)
         self.faults = plan
 
     def _advance_clock(self, double seconds):
@@ -571,21 +608,13 @@ cdef class SnapshotCore:
         self.last_unreported = unreported
         return rc
 
-    def _attach(self, fd, tail_fd, size, direct_end, align, mem_align, zero_align, bint is_device, bint is_new,
+    def _attach(self, fd, tail_fd, size, direct_end, align, mem_align, zero_align, bint is_device, bint uring, bint is_new,
                 int policy, int64_t timeout_ns, target_limit, uint64_t max_copies, uint64_t copy_run):
         """Take over the target's open descriptors, set a copy's buffer aside, and start a helper thread where there is a
         timeout."""
         cdef int rc
-        self.s.target.ops = &PSYNC
-        self.s.target.fd = fd
-        self.s.target.tail_fd = tail_fd
-        self.s.target.size = size
-        self.s.target.direct_end = direct_end
-        self.s.target.align = align
-        self.s.target.mem_align = mem_align
-        self.s.target.zero_align = zero_align
-        self.s.target.is_device = is_device
-        self.s.target.in_memory = is_on_tmpfs(fd)
+        attach(&self.s.target, fd, tail_fd, size, direct_end, align, mem_align, zero_align, is_device, uring)
+        self.s.source_has_holes = not self.d.io.is_device and has_holes(self.d.io.fd)
         self.s.target_is_new = is_new
         self.s.policy = policy
         self.s.target_limit = target_limit
@@ -822,8 +851,7 @@ cdef class SnapshotCore:
         """For tests: as DiskCore._inject(), for the target."""
         if self.s == NULL:
             raise ValueError("the snapshot is closed")
-        self.s.target.faults = plan.plan if plan is not None else NULL
-        self.s.target.ops = &FAULTY if plan is not None else &PSYNC
+        inject(&self.s.target, plan)
         self.faults = plan
 
 

@@ -22,8 +22,10 @@ import pytest
 
 import cbwcore
 from cbwcore._cbwcore import FaultPlan
+from cbwcore.engines import choose_engine
 
 REQUIRED = os.environ.get("CBWCORE_REQUIRE_PEERS") == "1"
+ENGINE = os.environ.get("CBWCORE_TEST_IO")  # an I/O engine: the same tests over it, where they do not name one
 SHM = "/dev/shm"
 KIB = 1024
 MIB = 1024 * KIB
@@ -35,6 +37,13 @@ hypothesis.settings.load_profile("cbwcore")
 def pytest_configure() -> None:
     """A run that is terminated takes its mounts and loop devices down, too."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if ENGINE is not None:
+        cbwcore.disk.choose_engine = cbwcore.snapshot.choose_engine = for_auto(ENGINE)
+
+
+def for_auto(engine: str) -> Callable[..., tuple[str, str]]:
+    """choose_engine(), with ``engine`` for "auto"."""
+    return lambda io, *, direct=False: choose_engine(engine if io == "auto" else io, direct=direct)
 
 
 def pytest_collection_finish() -> None:

@@ -264,3 +264,36 @@ def nbd_status(uri):
     extents = nbd_map(uri)
     assert {flags for _, _, flags in extents} <= {0, 3}
     return [(offset, length, flags == 3) for offset, length, flags in extents]
+
+
+# ---- an export as a file ----
+
+
+def nbdfuse(resources, uri, where):
+    """An export as the file ``where/nbd``, unmounted by ``resources``. RuntimeError where FUSE cannot be had."""
+    os.mkdir(where)
+    with open(f"{where}.log", "wb") as log:
+        process = subprocess.Popen(["nbdfuse", where, uri], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    resources.undo.callback(end_nbdfuse, process, where)
+    end = time.monotonic() + LIMIT
+    while not os.path.exists(f"{where}/nbd"):
+        if process.poll() is not None or time.monotonic() > end:
+            raise RuntimeError(f"nbdfuse: {Path(f'{where}.log').read_text()}")
+        time.sleep(0.01)
+    return f"{where}/nbd"
+
+
+def end_nbdfuse(process, where):
+    """Unmount and wait; a loop device that is going may hold it for a moment."""
+    try:
+        end = time.monotonic() + LIMIT
+        while process.poll() is None and time.monotonic() < end:
+            subprocess.run(["fusermount3", "-u", where], capture_output=True, timeout=LIMIT)
+            time.sleep(0.05)
+        if process.poll() is None:
+            subprocess.run(["fusermount3", "-u", "-z", where], capture_output=True, timeout=LIMIT)
+        assert process.poll() == 0, f"nbdfuse ended with {process.poll()}"
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()

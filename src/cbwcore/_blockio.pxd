@@ -19,6 +19,8 @@ from cbwcore._sys cimport (
 from cbwcore._geometry cimport least, round_down, round_up
 from cbwcore._reqlist cimport reqlist, reqlist_add, reqlist_conflict, reqlist_remove, request
 from cbwcore._buffers cimport bufpool, bufpool_get, bufpool_put
+from cbwcore._spin cimport spin, spin_init
+from cbwcore._uring cimport E_LATE, has_deadline, ring_io
 
 cdef enum:
     BOUNCE = 1 << 20            # bytes of one bounce buffer
@@ -38,15 +40,19 @@ cdef struct blk_ops:
     int (*discard)(blk *b, uint64_t off, uint64_t n) noexcept nogil
     int (*flush)(blk *b) noexcept nogil
     int64_t (*seek)(blk *b, uint64_t off, int whence) noexcept nogil
+    bint keeps_deadline         # calls may return E_LATE, see _uring.pxd
 
 
 cdef struct blk:
-    const blk_ops *ops          # changed only while no I/O is in flight
+    const blk_ops *ops          # the engine, or a test's faults before it; changed only while no I/O is in flight
+    const blk_ops *engine
     void *faults                # the plan of the fault-injecting engine, else NULL
     int fd
     int tail_fd                 # -1 where there is no tail
     bint is_device
     bint in_memory              # on tmpfs: no read waits for storage
+    bint size_waits             # asking for the size may wait for a server: on a network file system, or FUSE
+    spin polls                  # for the ends of its requests
     uint64_t size               # bytes, fixed at open
     uint64_t direct_end         # bytes; `size` where I/O is buffered or the size is aligned
     uint64_t align              # of offsets and lengths through fd; 1 where buffered
@@ -64,6 +70,7 @@ cdef struct blk:
 
 cdef inline int blk_init(blk *b) noexcept nogil:
     pthread_mutex_init(&b.lock, NULL)
+    spin_init(&b.polls)
     return cond_init(&b.written)
 
 
@@ -116,6 +123,30 @@ cdef inline int psync_flush(blk *b) noexcept nogil:
 
 cdef inline int64_t psync_seek(blk *b, uint64_t off, int whence) noexcept nogil:
     return seek_once(b.fd, off, whence)
+
+
+# ---- io_uring: data through the ring; the rest, which is rare and has no use for it, by the plain calls ----
+
+cdef inline int64_t uring_pread(blk *b, int fd, void *buf, uint64_t n, uint64_t off) noexcept nogil:
+    return ring_io(&b.polls, False, fd, buf, n, off)
+
+
+cdef inline int64_t uring_pwrite(blk *b, int fd, const void *buf, uint64_t n, uint64_t off) noexcept nogil:
+    return ring_io(&b.polls, True, fd, <void *>buf, n, off)
+
+
+cdef inline int uring_zero(blk *b, uint64_t off, uint64_t n, bint may_unmap) noexcept nogil:
+    return E_LATE if has_deadline() else psync_zero(b, off, n, may_unmap)
+
+
+cdef inline int uring_discard(blk *b, uint64_t off, uint64_t n) noexcept nogil:
+    return E_LATE if has_deadline() else psync_discard(b, off, n)
+
+
+cdef inline int64_t uring_seek(blk *b, uint64_t off, int whence) noexcept nogil:
+    if has_deadline() and not b.in_memory and (whence != SEEK_END or b.size_waits):
+        return E_LATE
+    return psync_seek(b, off, whence)
 
 
 # ---- whole transfers ----
@@ -445,23 +476,29 @@ cdef inline int blk_flush(blk *b) noexcept nogil:
     return rc
 
 
+cdef inline int blk_next_data(blk *b, uint64_t off, uint64_t end, uint64_t *data) noexcept nogil:
+    """Where in [off, end) the first byte is that the file system does not know to be in a hole; `end`: all of it is, and
+    reads as zeroes. What the file system cannot tell counts as data. 0 or -errno."""
+    cdef int64_t pos = -EINVAL if b.is_device else b.ops.seek(b, off, SEEK_DATA)
+    data[0] = off
+    if pos == -ENXIO or pos > <int64_t>off:
+        data[0] = end if pos < 0 else least(<uint64_t>pos, end)
+        return blk_check_size(b)        # a file cut short must not pass for one that reads as zeroes
+    return 0 if pos >= 0 or pos == -EINVAL or pos == -EOPNOTSUPP else <int>pos
+
+
 cdef inline int64_t blk_extent(blk *b, uint64_t off, uint64_t end, bint *hole) noexcept nogil:
-    """End of the extent that begins at `off`, at most `end`; -errno. What the file system cannot tell counts as data."""
-    cdef int64_t pos
-    hole[0] = False
+    """End of the extent that begins at `off`, at most `end`; -errno."""
+    cdef uint64_t data
+    cdef int64_t pos = blk_next_data(b, off, end, &data)
+    hole[0] = data > off
+    if pos < 0 or hole[0]:
+        return pos if pos < 0 else <int64_t>data
     if b.is_device:
         return <int64_t>end
-    pos = b.ops.seek(b, off, SEEK_DATA)
-    if pos == -ENXIO or pos > <int64_t>off:
-        hole[0] = True
-        if blk_check_size(b) < 0:
-            return -EIO             # a file cut short must not pass for one that reads as zeroes
-        return <int64_t>end if pos < 0 else <int64_t>least(<uint64_t>pos, end)
-    if pos == -EINVAL or pos == -EOPNOTSUPP:
-        return <int64_t>end
-    if pos < 0:
-        return pos
     pos = b.ops.seek(b, off, SEEK_HOLE)
+    if pos == -EINVAL or pos == -EOPNOTSUPP or (pos >= 0 and pos <= <int64_t>off):
+        return <int64_t>end
     if pos < 0 and pos != -ENXIO:
         return pos
-    return <int64_t>least(<uint64_t>pos, end) if pos > <int64_t>off else <int64_t>end
+    return <int64_t>least(<uint64_t>pos, end)

@@ -9,8 +9,10 @@ OPERATIONS: tuple[str, ...]
 POLICIES: tuple[str, ...]
 STATES: tuple[str, ...]
 MAX_SNAPSHOTS: int
+LIBURING: str
 
 def dio_alignment(fd: int) -> tuple[int, int] | None: ...
+def io_uring_state() -> tuple[bool, int]: ...
 def set_copy_budget(limit: SupportsIndex) -> None: ...
 def copy_buffers() -> tuple[int, int, int, int]: ...
 def set_polling_threads(count: SupportsIndex) -> None: ...
@@ -62,6 +64,7 @@ class DiskCore:
         zero_align: int,
         is_device: bool,
         read_only: bool,
+        uring: bool,
     ) -> None: ...
     def _check_new(self) -> None: ...
     def _report_breaks(self) -> None: ...
@@ -92,6 +95,7 @@ class SnapshotCore:
         mem_align: int,
         zero_align: int,
         is_device: bool,
+        uring: bool,
         is_new: bool,
         policy: int,
         timeout_ns: int,

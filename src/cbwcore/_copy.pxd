@@ -13,10 +13,11 @@ from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from cbwcore._sys cimport add_seq_cst, is_zero, sub_seq_cst
-from cbwcore._geometry cimport cluster_end, least, most, round_down, round_up
+from cbwcore._geometry cimport cluster_end, most, round_down
 from cbwcore._bitmap cimport bitmap, bitmap_next
 from cbwcore._buffers cimport bufpool, bufpool_get, bufpool_put, reserve
-from cbwcore._blockio cimport blk, blk_extent, blk_read_checked, blk_write, blk_write_zeroes
+from cbwcore._blockio cimport blk, blk_next_data, blk_read_checked, blk_write, blk_write_zeroes
+from cbwcore._uring cimport ring, ring_take_buffer
 
 cdef enum:
     COPY_RUN = 1 << 20      # the most bytes of one copy, where the cluster is not larger
@@ -27,15 +28,20 @@ cdef struct old_data:
     uint64_t refs
     bufpool *pool
     reserve *own            # whose reserve the buffer is; then it is not shared. Else NULL
+    ring *lender            # whose registered buffer it is; then it is not shared either, nor of the pool. Else NULL
     char *buf
     uint64_t start          # bytes on the disk
     uint64_t end
 
 
 cdef inline void old_data_put(old_data *old) noexcept nogil:
-    if old != NULL and sub_seq_cst(&old.refs, 1) == 1:
+    if old == NULL or sub_seq_cst(&old.refs, 1) != 1:
+        return
+    if old.lender != NULL:
+        old.lender.buffer_taken = False
+    else:
         bufpool_put(old.pool, old.buf, old.end - old.start, old.own)
-        free(old)
+    free(old)
 
 
 cdef inline old_data *old_data_ref(old_data *old) noexcept nogil:
@@ -47,52 +53,47 @@ cdef inline bint old_data_covers(const old_data *old, uint64_t start, uint64_t e
     return old != NULL and old.start <= start and end <= old.end
 
 
-cdef inline int old_data_read(blk *source, bufpool *pool, reserve *own, bint patient, uint64_t start, uint64_t end,
-                              old_data **out) noexcept nogil:
-    """Read [start, end) of the disk into a buffer of the budget; bufpool_get() says when it waits."""
+cdef inline int old_data_new(bufpool *pool, reserve *own, bint shared, bint patient, uint64_t start, uint64_t end,
+                             old_data **out) noexcept nogil:
+    """A buffer for [start, end) of the disk, not yet filled: of the budget, or, if it is not to be `shared`, of this
+    thread's ring. bufpool_get() says when it waits, or fails."""
     cdef old_data *old = <old_data *>malloc(sizeof(old_data))
-    cdef void *buf
+    cdef void *buf = NULL
     cdef int rc
     if old == NULL:
         return -ENOMEM
     old.own = own
-    rc = bufpool_get(pool, end - start, &old.own, patient, &buf)
-    if rc < 0:
-        free(old)
-        return rc
+    old.lender = NULL
+    if not shared:
+        buf = ring_take_buffer(end - start, &old.lender)
+    if buf == NULL:
+        rc = bufpool_get(pool, end - start, &old.own, patient, &buf)
+        if rc < 0:
+            free(old)
+            return rc
     old.refs = 1
     old.pool = pool
     old.buf = <char *>buf
     old.start = start
     old.end = end
-    rc = blk_read_checked(source, NULL, buf, end - start, start)
-    if rc < 0:
-        old_data_put(old)
-        return rc
     out[0] = old
     return 0
 
 
+cdef inline int old_data_fill(blk *source, old_data *old) noexcept nogil:
+    """Read it from the disk."""
+    return blk_read_checked(source, NULL, old.buf, old.end - old.start, old.start)
+
+
 cdef inline int ensure_zero(blk *target, uint64_t start, uint64_t end) noexcept nogil:
-    """Make [start, end) of the target read as zeroes; what already is a hole costs nothing (R11), as far as it is one of
-    whole blocks: the file system's may be smaller than those of O_DIRECT."""
-    cdef uint64_t stop
-    cdef int64_t pos
-    cdef bint hole
-    cdef int rc = 0
-    while start < end and rc == 0:
-        pos = blk_extent(target, start, end, &hole)
-        if pos < 0:
-            return <int>pos
-        stop = <uint64_t>pos
-        if hole and stop < end:
-            stop = round_down(stop, target.align)
-            hole = stop > start
-        if not hole:
-            stop = least(round_up(most(stop, start + 1), target.align), end)
-            rc = blk_write_zeroes(target, NULL, start, stop - start, True, False)
-        start = stop
-    return rc
+    """Make [start, end) of the target read as zeroes; where it is a hole, or begins with one, that costs nothing (R11). How
+    far data go is not asked: on tmpfs that walks through every page of them."""
+    cdef uint64_t data
+    cdef int rc = blk_next_data(target, start, end, &data)
+    if rc < 0 or data == end:
+        return rc
+    start = most(start, round_down(data, target.align))
+    return blk_write_zeroes(target, NULL, start, end - start, True, False)
 
 
 cdef inline uint64_t find_zeroes(const old_data *old, uint64_t first, uint64_t last, int shift, uint64_t size,

@@ -12,7 +12,7 @@
 # thread that holds it takes another lock, that of the copy buffers included (R18). Whoever changes what a waiter
 # waits for calls wake().
 
-from libc.errno cimport ENOMEM, ENOSPC, EOPNOTSUPP, ETIMEDOUT
+from libc.errno cimport EAGAIN, ENOMEM, ENOSPC, EOPNOTSUPP, ETIMEDOUT
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -27,9 +27,11 @@ from cbwcore._bitmap cimport bitmap, bitmap_any, bitmap_count, bitmap_free, bitm
 from cbwcore._reqlist cimport reqlist, reqlist_add, reqlist_find, reqlist_remove, request
 from cbwcore._buffers cimport bufpool, bufpool_destroy, bufpool_init, bufpool_unreserve, reserve
 from cbwcore._blockio cimport BOUNCE, BOUNCE_BUDGET, blk, blk_close, blk_destroy, blk_discard, blk_check_size, \
-    blk_extent, blk_read_cached, blk_read_checked
-from cbwcore._copy cimport ZERO_WORDS, find_zeroes, old_data, old_data_covers, old_data_put, old_data_read, \
+    blk_extent, blk_next_data, blk_read_cached, blk_read_checked
+from cbwcore._copy cimport ZERO_WORDS, find_zeroes, old_data, old_data_covers, old_data_fill, old_data_new, old_data_put, \
     old_data_ref, write_target
+from cbwcore._uring cimport E_LATE, has_deadline, ring, ring_adopt, ring_clear_deadline, ring_detach, ring_give_back, \
+    ring_set_deadline, ring_settle
 from cbwcore._workers cimport work, workers, workers_init, workers_ready, workers_stop, workers_submit
 
 cdef enum:
@@ -113,6 +115,7 @@ cdef struct snapshot:
     uint64_t size           # bytes, of disk and snapshot
     uint64_t nclusters
     bint target_is_new      # the target reads as zeroes wherever no copy has been written
+    bint source_has_holes   # worth a look before reading; a hint of before T0
     blk target
     workers helpers
     # Under lock.
@@ -147,8 +150,11 @@ cdef struct copy_job:       # freed by the last of its owners
     uint64_t read_start     # bytes to read, if `old` is not given
     uint64_t read_end
     old_data *old
+    bint filled             # it holds the data
     uint64_t zeroes[ZERO_WORDS]
     uint64_t reserved       # bytes of the target limit
+    int undo                # -errno: the copy has failed, and what was written is still to be given back
+    ring *left              # in which a request was left in flight
     bint shared             # the writer wants `old` afterwards, for its other snapshots
     int owners              # writer and copier; under the snapshot's lock
     bint finished
@@ -276,30 +282,71 @@ cdef inline int reserve_target(snapshot *s, copy_job *job, uint64_t bytes) noexc
 cdef inline int read_old(copy_job *job, uint64_t start, uint64_t end) noexcept nogil:
     """Read the run [start, end), and more around it where other snapshots may want it and a buffer is at hand."""
     cdef snapshot *s = job.s
-    if job.read_start < start or end < job.read_end:
-        if old_data_read(s.source, s.pool, NULL, False, job.read_start, job.read_end, &job.old) == 0:
-            return 0
-    return old_data_read(s.source, s.pool, &s.own, True, start, end, &job.old)
+    cdef bint wide
+    cdef int rc
+    if job.old == NULL and (job.read_start < start or end < job.read_end):
+        old_data_new(s.pool, NULL, True, False, job.read_start, job.read_end, &job.old)
+    while not job.filled:
+        if job.old == NULL:
+            rc = old_data_new(s.pool, &s.own, job.shared, not has_deadline(), start, end, &job.old)
+            if rc < 0:
+                return E_LATE if rc == -EAGAIN else rc      # a helper is to wait for a buffer
+        rc = old_data_fill(s.source, job.old)
+        if rc == E_LATE:
+            return rc
+        job.filled = rc == 0
+        if rc < 0:
+            wide = job.old.start < start or end < job.old.end
+            old_data_put(job.old)
+            job.old = NULL
+            if not wide:
+                return rc
+    return 0
+
+
+cdef inline bint is_hole(copy_job *job, uint64_t start, uint64_t end) noexcept nogil:
+    """Whether the run is known to read as zeroes without reading it (R11). With a deadline that is not asked: the file system
+    may have to wait for its storage. Where it cannot be told, reading will tell."""
+    cdef uint64_t data = start
+    if not job.s.source_has_holes or job.filled or has_deadline():
+        return False
+    if blk_next_data(job.s.source, start, end, &data) < 0 or data < end:
+        return False
+    memset(job.zeroes, 0xff, sizeof(job.zeroes))
+    return True
+
+
+cdef inline int undo_copy(copy_job *job, uint64_t start, uint64_t end) noexcept nogil:
+    """Give back what of a failed copy did get written, for the limit counts it no more."""
+    return E_LATE if blk_discard(&job.s.target, start, end - start) == E_LATE else job.undo
 
 
 cdef inline int copy_clusters(copy_job *job) noexcept nogil:
-    """Read old, write target. 0, or -errno with job.why.operation set."""
+    """Read old, write target. 0, or -errno with job.why.operation set. E_LATE: it is to be called again, by a helper, and
+    goes on where it was."""
     cdef snapshot *s = job.s
-    cdef uint64_t start = job.first << s.shift, end = cluster_end(job.last - 1, s.shift, s.size)
-    cdef int rc
+    cdef uint64_t start = job.first << s.shift, end = cluster_end(job.last - 1, s.shift, s.size), data
+    cdef bint hole
+    cdef int rc = 0
+    if job.undo:
+        return undo_copy(job, start, end)
     job.why.operation = SOURCE_READ
-    if job.old == NULL:
+    hole = is_hole(job, start, end)
+    if not hole:
         rc = read_old(job, start, end)
-        if rc < 0:
-            return rc
-    job.why.operation = TARGET_WRITE
-    rc = reserve_target(s, job, find_zeroes(job.old, job.first, job.last, s.shift, s.size, job.zeroes))
     if rc < 0:
         return rc
+    job.why.operation = TARGET_WRITE
+    if not hole and job.reserved == 0:
+        data = find_zeroes(job.old, job.first, job.last, s.shift, s.size, job.zeroes)
+        rc = reserve_target(s, job, data)
+        if rc < 0:
+            return rc
     rc = write_target(&s.target, job.old, job.first, job.last, s.shift, s.size, job.zeroes, s.target_is_new)
-    if rc < 0:
-        blk_discard(&s.target, start, end - start)      # the limit counts it no more: give back what did get written
-    return rc
+    if rc == 0 or rc == E_LATE:
+        return rc
+    job.undo = rc
+    return undo_copy(job, start, end)
 
 
 cdef inline void job_free(copy_job *job) noexcept nogil:
@@ -334,13 +381,11 @@ cdef inline void end_copy(snapshot *s, copy_job *job, int rc) noexcept nogil:
     wake(s)
 
 
-cdef inline void copy_main(work *w) noexcept nogil:
-    """Do a copy, in the guest's thread or a helper's."""
-    cdef copy_job *job = <copy_job *>w
+cdef inline void finish_copy(copy_job *job, int rc) noexcept nogil:
+    """With what copy_clusters() came to; not E_LATE."""
     cdef snapshot *s = job.s
     cdef bint last
-    cdef int rc = copy_clusters(job)
-    if not job.shared or (job.old != NULL and job.old.own != NULL):
+    if not (job.shared and job.filled) or (job.old != NULL and job.old.own != NULL):
         old_data_put(job.old)
         job.old = NULL
     pthread_mutex_lock(&s.lock)
@@ -349,6 +394,34 @@ cdef inline void copy_main(work *w) noexcept nogil:
     pthread_mutex_unlock(&s.lock)
     if last:
         job_free(job)
+
+
+cdef inline void copy_late(work *w) noexcept nogil:
+    """Go on with a copy whose deadline is past, in a helper's thread."""
+    cdef copy_job *job = <copy_job *>w
+    cdef ring *left = job.left
+    cdef ring *before = NULL
+    cdef int rc
+    if left != NULL:
+        before = ring_adopt(left)
+    rc = copy_clusters(job)
+    ring_settle()               # before the buffer goes
+    finish_copy(job, rc)
+    if left != NULL:
+        ring_give_back(before)
+
+
+cdef inline void copy_main(work *w) noexcept nogil:
+    """Do a copy, in the guest's thread or a helper's. Where there is no helper for what is late, the guest waits on."""
+    cdef copy_job *job = <copy_job *>w
+    cdef int rc = copy_clusters(job)
+    if rc != E_LATE:
+        finish_copy(job, rc)
+        return
+    job.left = ring_detach()
+    job.work.run = copy_late
+    if workers_submit(&job.s.helpers, &job.work) < 0:
+        copy_late(&job.work)
 
 
 cdef inline copy_job *new_job(snapshot *s, uint64_t first, uint64_t last, uint64_t start, uint64_t end,
@@ -369,13 +442,21 @@ cdef inline copy_job *new_job(snapshot *s, uint64_t first, uint64_t last, uint64
         job.read_end = most(p.span_end, end)
     if p.old != NULL:
         job.old = old_data_ref(p.old)
+        job.filled = True
     return job
+
+
+cdef inline bint keeps_deadline(const snapshot *s, int64_t deadline) noexcept nogil:
+    """Whether this thread can copy itself and yet give up at the deadline; its ring then has it."""
+    return (s.source.ops.keeps_deadline and s.target.ops.keeps_deadline
+            and ring_set_deadline(deadline - <int64_t>load_relaxed(s.clock_skew)))
 
 
 cdef inline int copy_own(snapshot *s, uint64_t first, uint64_t last, int64_t deadline, cbw_pass *p) noexcept nogil:
     """Claim the clusters [first, last), copy them and wait for that. Under lock, given up meanwhile.
 
-    With a deadline a helper thread copies, because the guest write may have to go on without it."""
+    With a deadline the guest write may have to go on without the copy. Where the I/O engines let go at a deadline, this
+    thread copies all the same; else a helper thread does."""
     cdef uint64_t start = first << s.shift, end = cluster_end(last - 1, s.shift, s.size)
     cdef copy_job *job
     cdef int rc = 0
@@ -390,10 +471,13 @@ cdef inline int copy_own(snapshot *s, uint64_t first, uint64_t last, int64_t dea
         return -ENOMEM
     reqlist_add(&s.copies, &job.claim, start, end)
     pthread_mutex_unlock(&s.lock)
-    if deadline:
-        rc = workers_submit(&s.helpers, &job.work)
-    else:
+    if deadline == 0:
         copy_main(&job.work)
+    elif keeps_deadline(s, deadline):
+        copy_main(&job.work)
+        ring_clear_deadline()
+    else:
+        rc = workers_submit(&s.helpers, &job.work)
     pthread_mutex_lock(&s.lock)
     if rc < 0:
         end_copy(s, job, rc)                            # no thread took it

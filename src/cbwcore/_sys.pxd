@@ -186,6 +186,21 @@ cdef extern from * nogil:
         struct statfs f;
         return fstatfs(fd, &f) == 0 && f.f_type == 0x01021994;
     }
+    /* Whether the size of a file is known without asking a server: of block devices, and on the local file systems. */
+    static inline int knows_size(int fd) {
+        struct statfs f;
+        struct stat s;
+        if (fstat(fd, &s) == 0 && S_ISBLK(s.st_mode))
+            return 1;
+        if (fstatfs(fd, &f))
+            return 0;
+        return f.f_type == 0xEF53 || f.f_type == 0x58465342 || f.f_type == 0x9123683E || f.f_type == 0x01021994;
+    }
+    /* Whether a file has fewer blocks than bytes. What cannot be told counts as holes. */
+    static inline int has_holes(int fd) {
+        struct stat s;
+        return fstat(fd, &s) || (uint64_t)s.st_blocks * 512 < (uint64_t)s.st_size;
+    }
     static inline int fallocate_once(int fd, int mode, uint64_t off, uint64_t n) {
         return fallocate(fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)n) ? -errno : 0;
     }
@@ -276,6 +291,8 @@ cdef extern from * nogil:
     int64_t write_once(int fd, const void *buf, uint64_t n, uint64_t off)
     int64_t read_cached(int fd, void *buf, uint64_t n, uint64_t off)
     bint is_on_tmpfs(int fd)
+    bint knows_size(int fd)
+    bint has_holes(int fd)
     int fallocate_once(int fd, int mode, uint64_t off, uint64_t n)
     int discard_device(int fd, uint64_t off, uint64_t n)
     int64_t seek_once(int fd, uint64_t off, int whence)

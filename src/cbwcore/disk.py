@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import warnings
@@ -11,7 +12,7 @@ from typing import Any, Self
 
 from cbwcore._cbwcore import DiskCore
 from cbwcore.bitmaps import Bitmaps, DirtyBitmap
-from cbwcore.errors import ConfigError
+from cbwcore.engines import choose_engine
 from cbwcore.extents import Extent, check_bitmap, check_range, walk
 from cbwcore.files import open_disk
 from cbwcore.forked import forked
@@ -19,18 +20,9 @@ from cbwcore.policy import OnCbwError, SnapshotState
 from cbwcore.snapshot import Snapshot, snapshot_group
 from cbwcore.stats import DiskStats
 
-__all__ = ["Disk", "choose_engine"]
+__all__ = ["Disk"]
 
-ENGINES = ("auto", "psync", "io_uring")
-
-
-def choose_engine(io: str) -> tuple[str, str]:
-    """The I/O engine for ``io``, and why; ConfigError."""
-    if io not in ENGINES:
-        raise ConfigError(f"io {io!r} is not one of {', '.join(ENGINES)}")
-    if io == "io_uring":
-        raise ConfigError("io 'io_uring' is not in this build; psync is")
-    return "psync", "psync is the one engine of this build" if io == "auto" else "psync was asked for"
+logger = logging.getLogger(__name__)
 
 
 class Disk(DiskCore):
@@ -46,14 +38,17 @@ class Disk(DiskCore):
         self._check_new()
         self.direct = direct
         self.read_only = read_only
-        self.io = choose_engine(io)[0]
+        self._io = io
+        self.io, why = choose_engine(io, direct=direct)
         # Guards the taking of snapshots and the bitmaps' lists; taken before any lock of the core.
         self._admin = threading.RLock()
         self._closing = False  # set once, before _admin is taken to close
         self._snapshots: dict[Snapshot, None] = {}
         self.bitmaps = Bitmaps(self)
         self._file = open_disk(path, direct=direct, read_only=read_only)
-        self._attach(os.fsdecode(path), *self._file, read_only)
+        self._attach(os.fsdecode(path), *self._file, read_only, self.io == "io_uring")
+        if direct and io == "auto" and self.io == "psync":
+            logger.info("disk %s: I/O by psync: %s", self.path, why)
         forked.add(self)
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cbwcore._cbwcore import POLICIES, STATES, SnapshotCore, arm_snapshots
 from cbwcore.bitmaps import DirtyBitmap, as_scope
+from cbwcore.engines import choose_engine
 from cbwcore.errors import ConfigError, CopyBeforeWriteError
 from cbwcore.extents import Extent, check_bitmap, check_range, walk
 from cbwcore.files import BlockFile, create_target, open_target
@@ -189,6 +190,7 @@ def _prepare(
     forked.add(snapshot)
     snapshot._attach(
         *target,
+        choose_engine(disk._io, direct=target.align > 1)[0] == "io_uring",
         is_new,
         POLICIES.index(options.on_cbw_error),
         timeout_ns(options.cbw_timeout),

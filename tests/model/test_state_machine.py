@@ -98,6 +98,8 @@ class Snap:
         self.limit: int | None = facts["limit"]
         self.target: str | None = facts["target"]
         self.is_new: bool = facts["is_new"]
+        self.looks_for_holes: bool = facts["looks_for_holes"]
+        self.copy_run: int = max(cbwcore.limits.copy_bytes, self.cluster)
         self.failed_copies = False
         self.nonzero = {c for c in range(self.n) if any(t0[c * self.cluster : (c + 1) * self.cluster])}
 
@@ -273,14 +275,35 @@ class Engine(RuleBasedStateMachine):
 
     # ---- guest writes ----
 
+    def is_hole(self, start: int, end: int) -> bool:
+        try:
+            return os.lseek(self.raw, start, os.SEEK_DATA) >= end
+        except OSError as e:
+            assert e.errno == errno.ENXIO
+            return True
+
+    def clusters_read(self, s: Snap, off: int, n: int) -> set[int]:
+        """Of those that a guest write has copied: not those of a run that is known to be a hole throughout (R11)."""
+        window = max(o.copy_run for o in self.snaps)
+        runs: list[list[int]] = []
+        for c in sorted((s.touched(off, n) & s.need) - s.done):
+            goes_on = runs and runs[-1][-1] == c - 1 and c * s.cluster % window != 0
+            if goes_on and len(runs[-1]) < s.copy_run // s.cluster:
+                runs[-1].append(c)
+            else:
+                runs.append([c])
+        skipped = [run for run in runs if s.looks_for_holes and self.is_hole(s.span(run[0])[0], s.span(run[-1])[1])]
+        return {c for run in runs if run not in skipped for c in run}
+
     def failures(self, s: Snap, off: int, n: int) -> set[tuple[int, str]]:
         """Why copying for a guest write must fail for this snapshot; empty: it succeeds."""
         wanted = (s.touched(off, n) & s.need) - s.done
         out = set()
-        for c in wanted:
+        for c in self.clusters_read(s, off, n):
             code = self.fault_hits("pread", [s.span(c)])
             if code:
                 out.add((code, "source-read"))
+        for c in wanted:
             if s.write_fault and c in s.nonzero and overlap(s.write_fault[1], s.span(c)):
                 out.add((s.write_fault[0], "target-write"))
         if s.limit is not None and s.used + sum(s.length(c) for c in wanted & s.nonzero) > s.limit:
@@ -601,6 +624,7 @@ class Engine(RuleBasedStateMachine):
         bitmap, scope = self.draw_scope(data, cluster)
         target, is_new = self.make_target(kind, seed)
         cbwcore.limits.copy_bytes = copy_bytes
+        looks_for_holes = os.fstat(self.raw).st_blocks * 512 < self.size
         told: list[Any] = []
         with before_arming(plan := FaultPlan()):
             snap = self.disk.snapshot(
@@ -622,6 +646,7 @@ class Engine(RuleBasedStateMachine):
             limit=limited,
             target=target,
             is_new=is_new,
+            looks_for_holes=looks_for_holes,
         )
         s.told = told
         assert s.map("need") == s.map("access") == s.need
@@ -820,7 +845,7 @@ class Engine(RuleBasedStateMachine):
         s = self.snaps[0]
         off, n = self.draw_range(data)
         wanted = (s.touched(off, n) & s.need) - s.done
-        if not (wanted if source else wanted & s.nonzero) or self.failures(s, off, n):
+        if not (self.clusters_read(s, off, n) if source else wanted & s.nonzero) or self.failures(s, off, n):
             return
         if source:
             self.plan.error("pread", code, times=1)

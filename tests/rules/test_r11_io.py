@@ -54,6 +54,39 @@ def test_r11_an_all_hole_disk_costs_the_target_nothing(rig):
     assert list(snap.block_status()) == [cbwcore.Extent(0, disk.size, False, True)]
 
 
+def test_r11_what_the_file_system_knows_as_a_hole_is_not_read(rig):
+    disk = rig.sparse(8 * CLUSTER)
+    disk.pwrite(b"d" * 4096, 5 * CLUSTER)
+    t0 = disk.pread(disk.size, 0)
+    snap = rig.snapshot(disk)
+    plan = rig.plan(disk)
+    disk.pwrite(NEW, CLUSTER)
+    disk.pwrite(NEW * 40, 2 * CLUSTER)
+    assert plan.calls("pread") == []
+    disk.pwrite(NEW, 5 * CLUSTER)
+    assert [call[1:] for call in plan.calls("pread")] == [(5 * CLUSTER, CLUSTER)]
+    assert snap.stats().cbw_zero_bytes == 4 * CLUSTER
+    assert_t0(snap, t0)
+
+
+def test_r11_a_disk_without_holes_is_not_searched_for_them(rig):
+    disk = rig.disk(4 * CLUSTER)
+    rig.snapshot(disk)
+    plan = rig.plan(disk)
+    disk.pwrite(NEW, 0)
+    assert [call for call in plan.calls("seek") if call[1]] == []
+    assert len(plan.calls("pread")) == 1
+
+
+def test_r11_a_hole_of_a_disk_that_was_cut_is_an_error(rig):
+    disk = rig.sparse(4 * CLUSTER)
+    rig.snapshot(disk)
+    os.truncate(disk.path, CLUSTER)
+    with pytest.raises(cbwcore.CopyBeforeWriteError) as refused:
+        disk.pwrite(NEW, 2 * CLUSTER)
+    assert (refused.value.errno, refused.value.operation) == (errno.EIO, "source-read")
+
+
 def test_r11_written_zeroes_cost_no_more_than_holes(rig):
     disk = rig.disk(bytes(4 * CLUSTER))
     assert allocated(disk.path) > 0
@@ -108,7 +141,8 @@ def test_r11_holes_of_an_existing_target_are_left_alone(rig):
     snap = rig.snapshot(disk, target)
     plan = rig.plan(snap)
     disk.pwrite(b"n" * disk.size, 0)
-    assert written(plan) == [("zero", CLUSTER, 4096)]
+    assert written(plan) == [("zero", CLUSTER, 3 * CLUSTER)], "from the first data on"
+    assert allocated(snap.target) == 0
     assert_t0(snap, bytes(disk.size))
     assert file_bytes(target) == bytes(disk.size)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from cbwcore._cbwcore import io_uring_state
 from cbwcore.cli import demo as demo_module
 from cbwcore.cli import image as image_module
 from cbwcore.cli import load as load_module
@@ -23,6 +24,7 @@ from cbwcore.cli import main
 from cbwcore.cli import output as output_module
 from cbwcore.cli import policies as policies_module
 from cbwcore.disk import Disk
+from cbwcore.engines import choose_engine
 
 MIB = 1 << 20
 QUICK = ["--size", "2M", "--seconds", "0.2", "--seed", "7"]
@@ -496,8 +498,9 @@ def test_info_on_a_file(run: Main, tmp_path: Path) -> None:
     assert told["file_system"] == subprocess.run(
         ["stat", "-f", "-c", "%T", path], capture_output=True, text=True, check=True
     ).stdout.strip().replace("ext2/ext3", "ext4").replace("overlayfs", "overlay")
-    assert told["auto"] == {"engine": "psync", "reason": "psync is the one engine of this build"}
-    assert told["io_uring"]["build"]["possible"] is False  # type: ignore[index]
+    assert told["auto"] == {"engine": "psync", "reason": "buffered files are as fast by plain system calls"}
+    assert told["io_uring"]["build"]["possible"] is io_uring_state()[0]  # type: ignore[index]
+    assert told["auto_direct"]["engine"] == choose_engine("auto", direct=True)[0]  # type: ignore[index]
     assert isinstance(told["io_uring"]["kernel"]["possible"], bool)  # type: ignore[index]
     assert (path.read_bytes(), os.stat(path).st_mtime_ns) == before
     assert list(tmp_path.iterdir()) == [path]

@@ -807,7 +807,6 @@ def test_tls_may_be_left_to_the_client_on_a_unix_socket(serve, image, path, cert
         (["--socket", "s", "--cbw-timeout", "nan"], "cbw_timeout nan is not"),
         (["--socket", "s", "--on-cbw-error", "panic"], "invalid choice"),
         (["--socket", "s", "--io", "magic"], "invalid choice"),
-        (["--socket", "s", "--io", "io_uring"], "is not in this build"),
         (["--socket", "s", "--name", "disk"], "is the name of the disk's export"),
         (["--socket", "s", "--name", ""], "name '' is not 1 to"),
         (["--socket", "s", "--bitmap", "b", "--bitmap", "b"], "two bitmaps cannot have one name"),

@@ -16,8 +16,9 @@ from typing import Any
 import msgspec
 from rich.table import Table
 
+from cbwcore._cbwcore import LIBURING, io_uring_state
 from cbwcore.cli.output import console, print_json, size_text
-from cbwcore.disk import choose_engine
+from cbwcore.engines import choose_engine
 from cbwcore.errors import ConfigError
 from cbwcore.files import direct_alignment, logical_block_size
 
@@ -53,7 +54,7 @@ class Sectors(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """The I/O engine that ``io="auto"`` takes."""
+    """An I/O engine, and why it is taken."""
 
     engine: str
     reason: str
@@ -67,7 +68,9 @@ class IoUring(msgspec.Struct, frozen=True):
 
 
 class Info(msgspec.Struct, frozen=True):
-    """All that ``cbwcore info`` tells; sizes in bytes, None for what does not apply."""
+    """All that ``cbwcore info`` tells; sizes in bytes, None for what does not apply.
+
+    ``auto``, ``auto_direct``: the engine of ``io="auto"`` for buffered files and for O_DIRECT."""
 
     path: str
     kind: str
@@ -79,6 +82,7 @@ class Info(msgspec.Struct, frozen=True):
     reflink: Fact
     io_uring: IoUring
     auto: Choice
+    auto_direct: Choice
 
 
 def add_command(commands: Any) -> None:
@@ -118,8 +122,9 @@ def look_at(path: str) -> Info:
             file_system=None if is_device else file_system(fd),
             direct=try_direct(path, fd, is_device, size),
             reflink=Fact(False, "a block device has no files to clone") if is_device else try_reflink(path, status),
-            io_uring=IoUring(try_io_uring(), engine_built("io_uring")),
+            io_uring=IoUring(try_io_uring(), built_io_uring()),
             auto=Choice(*choose_engine("auto")),
+            auto_direct=Choice(*choose_engine("auto", direct=True)),
         )
     finally:
         os.close(fd)
@@ -195,12 +200,10 @@ def try_io_uring() -> Fact:
     return Fact(True, "a ring was set up")
 
 
-def engine_built(io: str) -> Fact:
-    """Whether this build has an I/O engine."""
-    try:
-        return Fact(True, choose_engine(io)[1])
-    except ConfigError as e:
-        return Fact(False, str(e))
+def built_io_uring() -> Fact:
+    """Whether this build has the engine."""
+    built = io_uring_state()[0]
+    return Fact(built, f"with liburing {LIBURING}".rstrip() if built else "liburing was not found when it was built")
 
 
 def show(facts: Info) -> None:
@@ -231,6 +234,7 @@ def rows(facts: Info) -> list[tuple[str, str]]:
         ("io_uring", f"this kernel {answer(ring.kernel.possible, ring.kernel.reason)}"),
         ("", f"this build {answer(ring.build.possible, ring.build.reason)}"),
         ('io="auto"', f"{facts.auto.engine} ({facts.auto.reason})"),
+        ("", f"with O_DIRECT {facts.auto_direct.engine} ({facts.auto_direct.reason})"),
     ]
     return lines
 

@@ -20,7 +20,8 @@ import msgspec
 
 from cbwcore.cli.arguments import UsageError, as_usage, parse_seconds, parse_size
 from cbwcore.cli.output import console, print_json, size_text
-from cbwcore.disk import ENGINES, Disk, choose_engine
+from cbwcore.disk import Disk
+from cbwcore.engines import ENGINES, choose_engine
 from cbwcore.nbd.limits import NbdLimits
 from cbwcore.nbd.listen import activated_sockets, notify, notify_ready, resolve, split_address
 from cbwcore.nbd.server import NbdServer, check_exposure, check_uids
