@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from cbwcore.bench.loads import engine, every, floor, load, nanoseconds, qemu
+from cbwcore.bench.loads import BUFFERED_MODES, engine, every, floor, load, nanoseconds, qemu_modes
 from cbwcore.bench.places import Site
 from cbwcore.bench.results import Bound, Figures, Plot, Point, Row, compared, show_size, show_time
 from cbwcore.bench.rounds import Run
@@ -24,7 +24,6 @@ from cbwcore.bench.setting import (
     Item,
     Section,
     Setting,
-    missing,
     random_file,
     sparse_file,
 )
@@ -72,11 +71,11 @@ def cluster_latency(setting: Setting, cluster: int) -> Iterator[Row]:
         "floor": floor(site, writes, cluster=cluster),
         "cbwcore": engine(site, writes, cluster=cluster, copied=count * cluster),
     }
-    if cluster == CLUSTER and not missing("qemu-img"):
-        cases = {"peer": qemu(site, count, 1)} | cases
+    if cluster == CLUSTER:
+        cases = qemu_modes(site, count, 1) | cases
     seconds = setting.seconds(cases, ops=count, rounds=setting.fewer(setting.rounds, 1))
     none = "not possible in QEMU" if cluster < CLUSTER else "–"
-    row = compared(f"first write, {cluster >> 10} KiB clusters", seconds, no_peer=none)
+    row = compared(f"first write, {cluster >> 10} KiB clusters", seconds, peers=BUFFERED_MODES, no_peer=none)
     names = (("cbwcore", row.ours), ("floor", row.floor), ("QEMU", row.peer))
     points = [Point("latency", name, cluster / 1024, value.median * 1e6) for name, value in names if value]
     points.append(Point("copied", "read, written and written: 2 clusters + 4 KiB", cluster / 1024, moved(cluster)))
@@ -108,7 +107,12 @@ def map_memory(setting: Setting, cluster: int) -> Iterator[Row]:
 CLUSTER_SIZE = Section(
     "cluster-size",
     "Cost against cluster size",
-    (CLIENT, TMPFS, "floor: pread of a cluster, pwrite of it, pwrite of 4 KiB in C; peer: `qemu-img bench -d 1`"),
+    (
+        CLIENT,
+        TMPFS,
+        "floor: pread of a cluster, pwrite of it, pwrite of 4 KiB in C; peer: `qemu-img bench -d 1`, the faster "
+        "of aio=threads and io_uring",
+    ),
     (
         *(Item(f"write-{c >> 10}k", functools.partial(cluster_latency, cluster=c)) for c in CLUSTERS),
         *(

@@ -17,9 +17,22 @@ from cbwcore.bench.rounds import Case, Run, Seconds, plainly
 from cbwcore.bench.setting import BLOCK, CLUSTER, BenchError, missing, program
 from cbwcore.disk import Disk
 
-__all__ = ["engine", "every", "floor", "from_python", "load", "os_pwrite", "qemu", "qemu_modes"]
+__all__ = [
+    "BUFFERED_MODES",
+    "MODES",
+    "engine",
+    "every",
+    "floor",
+    "from_python",
+    "load",
+    "os_pwrite",
+    "qemu",
+    "qemu_modes",
+]
 
 QEMU = "qemu-img"
+MODES = ("aio=threads", "aio=native", "aio=io_uring")
+BUFFERED_MODES = ("aio=threads", "aio=io_uring")  # native needs O_DIRECT
 
 
 def every(step: int, span: int, most: int | None = None) -> range:
@@ -170,9 +183,9 @@ def qemu(site: Site, count: int, depth: int, *, length: int = BLOCK, step: int =
     return plainly(bench)
 
 
-def qemu_modes(site: Site, count: int, depth: int) -> dict[str, Case]:
+def qemu_modes(site: Site, count: int, depth: int, *, length: int = BLOCK, step: int = CLUSTER) -> dict[str, Case]:
     """Each way of I/O that QEMU has there, by its name; none where it is not installed."""
     if missing(QEMU):
         return {}
-    modes = ("threads", "native", "io_uring") if site.direct else ("threads", "io_uring")
-    return {f"aio={mode}": qemu(site, count, depth, aio=mode) for mode in modes}
+    modes = MODES if site.direct else BUFFERED_MODES
+    return {mode: qemu(site, count, depth, length=length, step=step, aio=mode.removeprefix("aio=")) for mode in modes}

@@ -41,7 +41,7 @@ def first(setting: Setting, place: str, depth: int) -> Iterator[Row | str]:
         try:
             choose_engine(io)
         except ConfigError as e:
-            yield f"{site.device}, depth {depth}: {e}"
+            yield str(e)
             continue
         ours[io] = engine(site, writes, io=io, copied=count * CLUSTER)
     seconds = setting.seconds(cases | modes | ours, ops=count, rounds=setting.fewer(3, 1))

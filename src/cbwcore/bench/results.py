@@ -171,7 +171,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     plots: tuple[Plot, ...] = ()
     notes: tuple[str, ...] = ()
     """What was left out, and why; what failed."""
-    failed: bool = False
     seconds: float = 0.0
 
 

@@ -16,8 +16,9 @@ from cbwcore.bench.setting import Item, NotHere, Section, Setting
 from cbwcore.bench.writes import CONTENTION, COPIED_WRITE, FIRST_WRITE, LARGE_WRITES, SNAPSHOT_READ
 from cbwcore.errors import CbwError
 
-__all__ = ["SECTIONS", "run_section"]
+__all__ = ["FAILED", "SECTIONS", "run_section"]
 
+FAILED = "FAILED"  # in the note of an item
 SECTIONS = {
     section.name: section
     for section in (
@@ -44,14 +45,13 @@ def run_section(section: Section, setting: Setting, step: Callable[[str], object
     """All its items; one that fails, or cannot run here, is noted, and the others run. ``step`` is told of each."""
     rows: list[Row] = []
     notes: dict[str, None] = {}
-    failed = False
     started = time.monotonic()
     try:
         for item in section.items:
             if setting.quick and not item.quick:
                 continue
             step(f"{section.name}: {item.name}")
-            failed |= run_item(item, setting, rows, notes)
+            run_item(item, setting, rows, notes)
     finally:
         setting.end_section()
     return Outcome(
@@ -61,13 +61,12 @@ def run_section(section: Section, setting: Setting, step: Callable[[str], object
         rows=tuple(rows),
         plots=section.plots,
         notes=tuple(notes),
-        failed=failed,
         seconds=time.monotonic() - started,
     )
 
 
-def run_item(item: Item, setting: Setting, rows: list[Row], notes: dict[str, None]) -> bool:
-    """Whether it failed."""
+def run_item(item: Item, setting: Setting, rows: list[Row], notes: dict[str, None]) -> None:
+    """What it found, into ``rows`` and ``notes``."""
     try:
         for found in item.run(setting):
             if isinstance(found, str):
@@ -77,6 +76,4 @@ def run_item(item: Item, setting: Setting, rows: list[Row], notes: dict[str, Non
     except NotHere as e:
         notes[f"{item.name} left out: {e}"] = None
     except (OSError, CbwError) as e:
-        notes[f"{item.name} FAILED: {' '.join(str(e).splitlines())}"] = None
-        return True
-    return False
+        notes[f"{item.name} {FAILED}: {' '.join(str(e).splitlines())}"] = None

@@ -7,31 +7,39 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 
-from cbwcore.bench.loads import engine, every, floor, from_python, load, os_pwrite, qemu, write_all
+from cbwcore.bench.loads import (
+    BUFFERED_MODES,
+    engine,
+    every,
+    floor,
+    from_python,
+    load,
+    os_pwrite,
+    qemu_modes,
+    write_all,
+)
 from cbwcore.bench.places import Site
 from cbwcore.bench.results import Bound, Figures, Row, compared
-from cbwcore.bench.rounds import Case, Run, ratio
-from cbwcore.bench.setting import BLOCK, CLUSTER, Item, Section, Setting, missing, scattered
+from cbwcore.bench.rounds import Run, ratio
+from cbwcore.bench.setting import BLOCK, CLUSTER, Item, Section, Setting, scattered
 from cbwcore.disk import Disk
 
 __all__ = ["CONTENTION", "COPIED_WRITE", "FIRST_WRITE", "LARGE_WRITES", "SNAPSHOT_READ"]
 
 NO_QEMU = "not installed"
-TMPFS = "device: files on tmpfs, all allocated; cache mode: buffered (QEMU: writeback, aio=threads)"
+TMPFS = "device: files on tmpfs, all allocated; cache mode: buffered (QEMU: writeback)"
 GENERATOR = "client: the load generator in C (`cbwcore._cbwcore.Load`), one request in flight a thread; depth = threads"
 FLOOR = "floor: the same loop over pread of the cluster, pwrite of it to the target, pwrite of the data"
-PEER = "peer: `qemu-img bench` at the same depth over its copy-before-write driver, 64 KiB clusters"
+PEER = (
+    "peer: `qemu-img bench` at the same depth over its copy-before-write driver, 64 KiB clusters; the faster of "
+    "aio=threads and io_uring, which is named"
+)
 LEAST_SPEED_UP = 1.6
 
 
 def in_memory(setting: Setting) -> Site:
     """Disk and target on tmpfs."""
     return Site.of(setting.files, "tmpfs")
-
-
-def with_qemu(case: Case) -> dict[str, Case]:
-    """The peer, where it is installed."""
-    return {} if missing("qemu-img") else {"peer": case}
 
 
 # ---- the first write into each cluster ----
@@ -44,13 +52,15 @@ def first(setting: Setting, cluster: int, depth: int, bounds: dict[str, float]) 
     seconds = setting.seconds(
         {
             "floor": floor(site, writes, cluster=cluster),
-            **with_qemu(qemu(site, count, depth)),
+            **qemu_modes(site, count, depth),
             "cbwcore": engine(site, writes, cluster=cluster, copied=count * cluster),
         },
         ops=count,
     )
     at = " (peer: at its 64 KiB)" if cluster != CLUSTER else ""
-    yield compared(f"{cluster >> 10} KiB clusters, depth {depth}{at}", seconds, no_peer=NO_QEMU, **bounds)  # type: ignore[arg-type]
+    yield compared(
+        f"{cluster >> 10} KiB clusters, depth {depth}{at}", seconds, peers=BUFFERED_MODES, no_peer=NO_QEMU, **bounds
+    )  # type: ignore[arg-type]
 
 
 def first_from_python(setting: Setting, threads: int) -> Iterator[Row]:
@@ -60,14 +70,14 @@ def first_from_python(setting: Setting, threads: int) -> Iterator[Row]:
     seconds = setting.seconds(
         {
             "floor": floor(site, load(offsets, setting.data, threads, sliced=True)),
-            **with_qemu(qemu(site, count, threads)),
+            **qemu_modes(site, count, threads),
             "cbwcore": from_python(site, offsets, setting.data, threads, copied=count * CLUSTER),
         },
         ops=count,
     )
     over = ", oversubscribed" if threads > (os.cpu_count() or 1) else ""
     case = f"64 KiB clusters, `disk.pwrite` in {threads} Python thread{'s' * (threads > 1)}{over}"
-    yield compared(case, seconds, no_peer=NO_QEMU)
+    yield compared(case, seconds, peers=BUFFERED_MODES, no_peer=NO_QEMU)
 
 
 def first_items() -> Iterator[Item]:
@@ -144,12 +154,17 @@ def large(setting: Setting, length: int, depth: int) -> Iterator[Row]:
     seconds = setting.seconds(
         {
             "floor": floor(site, writes),
-            **with_qemu(qemu(site, count, depth, length=length, step=length)),
+            **qemu_modes(site, count, depth, length=length, step=length),
             "cbwcore": engine(site, writes, copied=setting.size),
         },
         ops=count,
     )
-    yield compared(f"{length >> 10} KiB writes over fresh 64 KiB clusters, depth {depth}", seconds, no_peer=NO_QEMU)
+    yield compared(
+        f"{length >> 10} KiB writes over fresh 64 KiB clusters, depth {depth}",
+        seconds,
+        peers=BUFFERED_MODES,
+        no_peer=NO_QEMU,
+    )
 
 
 LARGE_WRITES = Section(

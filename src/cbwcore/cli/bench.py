@@ -16,7 +16,7 @@ from cbwcore.bench import plots
 from cbwcore.bench.machine import look
 from cbwcore.bench.report import NO_PLOTS, Report, bounds_of, write_report
 from cbwcore.bench.results import Outcome, markdown
-from cbwcore.bench.sections import SECTIONS, run_section
+from cbwcore.bench.sections import FAILED, SECTIONS, run_section
 from cbwcore.bench.setting import ROOM, SEED, BenchError, Setting
 from cbwcore.cli.arguments import UsageError, parse_size
 from cbwcore.cli.info import file_system
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     tell(report, path, out)
     if args.json:
         print_json(report)
-    failed = [f"{outcome.name}: {note}" for outcome in report.outcomes if outcome.failed for note in outcome.notes]
+    failed = [f"{outcome.name}: {note}" for outcome in report.outcomes for note in outcome.notes if FAILED in note]
     if failed:
         raise BenchError(f"bench: {'; '.join(failed)}")
     return 0
