@@ -122,10 +122,11 @@ def serving(kind: str, place: Path, size: int, make: Maker | None = None) -> Ite
     it they are of random bytes."""
     own = place / kind
     own.mkdir(exist_ok=True)
-    sock = own / "socket"
     files = make(own, size) if make else files_in(own, size, kind)
-    command = [os.fspath(word) for word in command_of(kind, files, sock)]  # type: ignore[call-overload]
-    with tempfile.TemporaryFile() as said:
+    # The socket's path must be short, whatever the place's is.
+    with tempfile.TemporaryDirectory(prefix="cbw-") as name, tempfile.TemporaryFile() as said:
+        sock = Path(name) / "socket"
+        command = [os.fspath(word) for word in command_of(kind, files, sock)]  # type: ignore[call-overload]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said)
         try:
             deadline = time.monotonic() + START_SECONDS
@@ -138,7 +139,6 @@ def serving(kind: str, place: Path, size: int, make: Maker | None = None) -> Ite
             yield Server(process.pid, sock)
         finally:
             stop(process)
-            sock.unlink(missing_ok=True)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -36,8 +36,8 @@ SEED = 20240229
 BLOCK = 4096  # bytes of one request
 CLUSTER = 65536
 ROOM = 8  # times the size of a disk, that all files at a time may take
-FULL_SIZE, QUICK_SIZE = 1 << 30, 64 << 20
-FULL_ROUNDS, QUICK_ROUNDS = 5, 2
+FULL_SIZE, QUICK_SIZE = 1 << 30, 128 << 20
+FULL_ROUNDS, QUICK_ROUNDS = 5, 3
 PIECE = 64 << 20
 SBIN = "/usr/sbin:/sbin"
 

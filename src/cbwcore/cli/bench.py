@@ -50,8 +50,8 @@ def add_command(commands: Any) -> None:
     place.add_argument("--report", metavar="FILE.md", help="write the report there, and its plots to FILE/")
     parser.add_argument("--dir", metavar="DIR", default=DIRECTORY, help=f"for the disks (default: {DIRECTORY})")
     parser.add_argument("--only", metavar="NAME", nargs="+", action="extend", help="only these sections")
-    parser.add_argument("--size", metavar="SIZE", type=size, help="of a disk (default: 1G; with --quick 64M)")
-    parser.add_argument("--rounds", metavar="N", type=rounds, help="of most cases (default: 5; with --quick 2)")
+    parser.add_argument("--size", metavar="SIZE", type=size, help="of a disk (default: 1G; with --quick 128M)")
+    parser.add_argument("--rounds", metavar="N", type=rounds, help="of most cases (default: 5; with --quick 3)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, and nothing else")
     parser.set_defaults(run=run)
 
