@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from cbwcore.bench.places import loop_device
-from cbwcore.bench.results import Bound, Figures, Row, show_size
-from cbwcore.bench.rounds import Run
+from cbwcore.bench.loads import BUFFERED_MODES, engine, every, floor, load, qemu_modes
+from cbwcore.bench.places import Site, loop_device
+from cbwcore.bench.results import Bound, Figures, Row, compared, show_size
+from cbwcore.bench.rounds import Case, Run
 from cbwcore.bench.servers import START_SECONDS, Server, here, serving, stop
-from cbwcore.bench.setting import SEED, BenchError, Files, Item, NotHere, Section, Setting, find, need, program
+from cbwcore.bench.setting import (
+    CLUSTER,
+    SEED,
+    BenchError,
+    Files,
+    Item,
+    NotHere,
+    Section,
+    Setting,
+    find,
+    missing,
+    need,
+    program,
+    sparse_file,
+)
 
 __all__ = ["HOLES"]
 
 DISK, COPY = 512 << 20, 140_000_000  # bytes
 QUICK_DISK, QUICK_COPY = 128 << 20, 32_000_000
 MOST = 1 << 20
+PIECE = 1 << 20
 SERVERS = ("qemu", "cbwcore")
 
 
@@ -111,13 +128,65 @@ def holes(setting: Setting) -> Iterator[Row]:
         )
 
 
+# ---- first writes where the old data is zeroes ----
+
+
+def zeroes(setting: Setting, old: str, target: str) -> Iterator[Row]:
+    """4 KiB into each cluster of a disk that reads as zeroes, with a fresh disk in every run."""
+    size = setting.size
+    count = min(size // CLUSTER, setting.fewer(1024, 256))
+    writes = load(every(CLUSTER, size, count), setting.data)
+
+    def fresh(make: Callable[[Site], Case]) -> Case:
+        @contextlib.contextmanager
+        def case() -> Iterator[Run]:
+            with contextlib.ExitStack() as held:
+                disk = held.enter_context(sparse_file(setting.place / "old", size))
+                if old == "zeroes":
+                    fill_zeroes(disk, count * CLUSTER)
+                where = setting.files.target
+                if target == "sparse":
+                    where = held.enter_context(sparse_file(setting.place / "new", size))
+                yield held.enter_context(make(Site(disk, where, size, "tmpfs"))())
+
+        return case
+
+    modes = {mode: fresh(lambda s, mode=mode: qemu_modes(s, count, 1)[mode]) for mode in qemu_here()}  # type: ignore[misc]
+    cases = {"floor": fresh(lambda s: floor(s, writes)), **modes, "cbwcore": fresh(lambda s: engine(s, writes))}
+    seconds = setting.seconds(cases, ops=count)
+    name = {"hole": "a hole", "zeroes": "allocated zeroes"}[old]
+    case = f"first 4 KiB write into a cluster of {name}, {target} target"
+    yield compared(case, seconds, peers=BUFFERED_MODES, no_peer="not installed")
+
+
+def fill_zeroes(path: Path, nbytes: int) -> None:
+    """Allocate the start of it."""
+    with path.open("r+b") as f:
+        for _ in range(0, nbytes, PIECE):
+            f.write(bytes(min(PIECE, nbytes)))
+
+
+def qemu_here() -> tuple[str, ...]:
+    """Its modes, where it is installed."""
+    return () if missing("qemu-img") else BUFFERED_MODES
+
+
 HOLES = Section(
     "holes",
-    "Holes: the target's space",
+    "Holes: the target's space, and the time",
     (
-        "client: a file system on a loop device over nbdfuse, unix socket; one run",
-        "device: sparse files on tmpfs; cache mode: buffered",
-        "peer: qemu-storage-daemon with copy-before-write",
+        "client: a file system on a loop device over nbdfuse, unix socket, one run; of the first writes, the load "
+        "generator, depth 1, 64 KiB clusters",
+        "device: files on tmpfs; cache mode: buffered",
+        "floor: the same loop over pread of the cluster, pwrite of it to the target, pwrite of the data; peer: "
+        "qemu-storage-daemon, or `qemu-img bench`, with copy-before-write",
     ),
-    (Item("mkfs-and-copy", holes),),
+    (
+        Item("mkfs-and-copy", holes),
+        *(
+            Item(f"{old}-{target}", functools.partial(zeroes, old=old, target=target))
+            for old in ("hole", "zeroes")
+            for target in ("sparse", "allocated")
+        ),
+    ),
 )

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 QEMU = "qemu-img"
+PATTERN = 0x5A
 MODES = ("aio=threads", "aio=native", "aio=io_uring")
 BUFFERED_MODES = ("aio=threads", "aio=io_uring")  # native needs O_DIRECT
 
@@ -171,7 +172,8 @@ def qemu(site: Site, count: int, depth: int, *, length: int = BLOCK, step: int =
 
     image = f"driver=copy-before-write,{node('file', site.disk)},{node('target', site.target)}"
     cache = "none" if site.direct else "writeback"
-    options = f"-w -c {count} -d {depth} -s {length} -S {step} -t {cache} --image-opts"
+    # By default it writes zeroes, and the runs that come next would meet a disk of another kind.
+    options = f"-w -c {count} -d {depth} -s {length} -S {step} --pattern={PATTERN} -t {cache} --image-opts"
 
     def bench() -> Seconds:
         printed = program(QEMU, "bench", *options.split(), image)
