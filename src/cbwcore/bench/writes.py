@@ -147,34 +147,34 @@ COPIED_WRITE = Section(
 # ---- large writes ----
 
 
-def large(setting: Setting, length: int, depth: int) -> Iterator[Row]:
+def large(setting: Setting, length: int, depth: int, cluster: int = CLUSTER) -> Iterator[Row]:
     """Of whole clusters, one after the other."""
     site, count = in_memory(setting), setting.size // length
     writes = load(every(length, setting.size), setting.data * (length // BLOCK), depth)
     seconds = setting.seconds(
         {
-            "floor": floor(site, writes),
-            **qemu_modes(site, count, depth, length=length, step=length),
-            "cbwcore": engine(site, writes, copied=setting.size),
+            "floor": floor(site, writes, cluster=cluster),
+            **(qemu_modes(site, count, depth, length=length, step=length) if cluster == CLUSTER else {}),
+            "cbwcore": engine(site, writes, cluster=cluster, copied=setting.size),
         },
         ops=count,
     )
-    yield compared(
-        f"{length >> 10} KiB writes over fresh 64 KiB clusters, depth {depth}",
-        seconds,
-        peers=BUFFERED_MODES,
-        no_peer=NO_QEMU,
-    )
+    case = f"{length >> 10} KiB writes over fresh {cluster >> 10} KiB clusters, depth {depth}"
+    none = NO_QEMU if cluster == CLUSTER else "not possible in QEMU"
+    yield compared(case, seconds, peers=BUFFERED_MODES, no_peer=none)
 
 
 LARGE_WRITES = Section(
     "large-writes",
     "Whole-cluster and sequential writes over fresh clusters",
     (GENERATOR, TMPFS, FLOOR, PEER),
-    tuple(
-        Item(f"{length >> 10}k-{depth}", functools.partial(large, length=length, depth=depth))
-        for length in (CLUSTER, 1 << 20)
-        for depth in (1, 4)
+    (
+        *(
+            Item(f"{length >> 10}k-{depth}", functools.partial(large, length=length, depth=depth))
+            for length in (CLUSTER, 1 << 20)
+            for depth in (1, 4)
+        ),
+        Item("1024k-1-small", functools.partial(large, length=1 << 20, depth=1, cluster=BLOCK)),
     ),
 )
 
