@@ -79,10 +79,10 @@ def head(report: Report) -> Iterator[str]:
     yield ""
 
 
-def bounds_of(outcomes: tuple[Outcome, ...]) -> list[tuple[str, str, str, str]]:
-    """(section, case, bound, verdict with its value) of every bound there is."""
+def bounds_of(outcomes: tuple[Outcome, ...]) -> list[tuple[str, str, str, str, str]]:
+    """(section, case, bound, value, verdict) of every bound there is."""
     return [
-        (outcome.title, row.case, bound.text, f"{bound.verdict()} ({bound.shown()})")
+        (outcome.title, row.case, bound.text, bound.shown(), bound.verdict())
         for outcome in outcomes
         for row in outcome.rows
         for bound in row.bounds
@@ -96,7 +96,7 @@ def summary(report: Report) -> Iterator[str]:
         return
     missed = sum("MISSED" in verdict for *_, verdict in bounds)
     yield from ("## Bounds", "", f"{len(bounds) - missed} of {len(bounds)} met.", "")
-    yield from ("| subject | case | bound | met? |", "|---|---|---|---|")
+    yield from ("| subject | case | bound | measured | met? |", "|---|---|---|---|---|")
     for bound in bounds:
         yield f"| {' | '.join(bound)} |"
     yield ""

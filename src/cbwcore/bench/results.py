@@ -220,7 +220,7 @@ def compared(
             bounds.append(Bound(over_peer, peer_max, f"≤ {peer_max:.4g} × peer", floor=floor_over_peer))
         if peer_times is not None:
             of_floor = None if floor_over_peer is None else 1 / floor_over_peer
-            text = f"{peer_times:.4g} × as fast as peer"
+            text = f"≥ {peer_times:.4g} × as fast as peer"
             bounds.append(Bound(1 / over_peer, peer_times, text, at_least=True, floor=of_floor))
     return Row(
         case=case,

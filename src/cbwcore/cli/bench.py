@@ -167,8 +167,8 @@ def tell(report: Report, path: Path, out: Console) -> None:
     """The end."""
     bounds = bounds_of(report.outcomes)
     missed = [bound for bound in bounds if "MISSED" in bound[-1]]
-    for subject, case, text, verdict in missed:
-        out.print(f"{verdict}: {subject}, {case}: {text}", soft_wrap=True)
+    for subject, case, text, value, verdict in missed:
+        out.print(f"{verdict}: {subject}: {case}: {value}, not {text}", soft_wrap=True)
     if not plots.available():
         out.print(NO_PLOTS, soft_wrap=True)
     out.print(
