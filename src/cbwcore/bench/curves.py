@@ -133,7 +133,7 @@ CLUSTER_SIZE = Section(
 
 def disk_size(setting: Setting, size: int) -> Iterator[Row]:
     """A sparse disk with data at scattered clusters, which are written."""
-    count = setting.fewer(2048, 256)
+    count = setting.fewer(4096, 256)
     offsets = [CLUSTER * k for k in random.Random(SEED).sample(range(size // CLUSTER), count)]
     writes = load(offsets, setting.data)
     pauses: list[float] = []
