@@ -11,14 +11,15 @@ from libc.errno cimport EACCES, EIO
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
+from posix.stdlib cimport posix_memalign
 from posix.unistd cimport close
 
 from cbwcore._sys cimport (
-    CBW_SLOTS, add_seq_cst, count_cpus, exchange_seq_cst, has_holes, is_on_tmpfs, knows_size, load_relaxed,
+    CBW_SLOTS, add_seq_cst, count_cpus, exchange_seq_cst, has_holes, is_on_tmpfs, knows_size, load_relaxed, monotonic_ns,
     pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, store_release,
 )
 from cbwcore._sys cimport dio_alignment as c_dio_alignment
-from cbwcore._geometry cimport least, outer_end
+from cbwcore._geometry cimport least, most, outer_end
 from cbwcore._bitmap cimport bitmap, bitmap_count, bitmap_free, bitmap_init, bitmap_next, bitmap_put, bitmap_reset, \
     bitmap_test
 from cbwcore._buffers cimport LARGEST, bufpool, bufpool_init, bufpool_reserve, bufpool_set_limit
@@ -46,6 +47,9 @@ from cbwcore._nbd_helpers cimport helpers_destroy, helpers_init, helpers_stop, n
 from cbwcore._nbd_room cimport room_destroy, room_init
 from cbwcore._nbd cimport (
     MAX_CONTEXTS, conn_destroy, conn_init, conn_serve, conn_stop, conn_visit, nbd_conn, nbd_server,
+)
+from cbwcore._load cimport (
+    LOAD_ALIGN, MAX_LOAD_TARGETS, MAX_LOAD_THREADS, load, load_destroy, load_init, or_words, run_threads,
 )
 
 import errno as _errno
@@ -885,3 +889,6 @@ include "cbwcore/_nbd_core.pxi"
 
 
 include "cbwcore/_fault_plan.pxi"
+
+
+include "cbwcore/_load_core.pxi"

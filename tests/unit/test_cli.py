@@ -442,7 +442,9 @@ def test_usage_errors_exit_2(run: Main, argv: list[str]) -> None:
     assert err.splitlines()[-1].startswith("cbwcore")
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"], ["info", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["demo", "--help"], ["info", "--help"], ["bench", "--help"], ["--version"]]
+)
 def test_help_and_version(run: Main, argv: list[str]) -> None:
     status, out, err = run(*argv)
     assert (status, err) == (0, "")

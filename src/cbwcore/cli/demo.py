@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
-import signal
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
@@ -22,6 +17,7 @@ from cbwcore.cli.load import run_under_load
 from cbwcore.cli.output import console, print_json, size_text
 from cbwcore.cli.policies import FAULTS, run_case
 from cbwcore.cli.report import DemoReport, results_table
+from cbwcore.cli.workspace import workspace
 from cbwcore.disk import Disk
 from cbwcore.errors import CbwError, ConfigError
 from cbwcore.policy import OnCbwError
@@ -69,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     out = console(quiet=args.json)
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(2**32)
-    with workspace(args.dir) as work:
+    with workspace("cbwcore-demo-", args.dir) as work:
         report = demo(args, work, out)
     out.print(results_table(report.runs))
     if args.json:
@@ -79,21 +75,6 @@ def run(args: argparse.Namespace) -> int:
         raise DemoError(f"demo: with seed {report.seed} this did not hold: " + "; ".join(failed))
     out.print("Every proof held.")
     return 0
-
-
-@contextlib.contextmanager
-def workspace(parent: str | None) -> Iterator[Path]:
-    """A temporary directory that is removed whatever happens, SIGTERM included."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        with tempfile.TemporaryDirectory(prefix="cbwcore-demo-", dir=parent) as work:
-            yield Path(work)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def demo(args: argparse.Namespace, work: Path, out: Console) -> DemoReport:
