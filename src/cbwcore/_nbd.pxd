@@ -35,7 +35,7 @@ from cbwcore._nbd_helpers cimport (
 from cbwcore._nbd_room cimport OWN_BYTES, room, room_put, room_stir, room_take_large, room_take_small, share
 from cbwcore._nbd_status cimport EXTENT_BYTES, context, list_extents
 from cbwcore._nbd_wire cimport (
-    PENDING, get16, get32, get64, patience, put16, put32, put64, shut_receiving, wire, wire_destroy, wire_init,
+    PENDING, get16, get32, get64, patience, patience_new, put16, put32, put64, shut_receiving, wire, wire_destroy, wire_init,
     wire_recv, wire_recv_idle, wire_send,
 )
 
@@ -370,7 +370,7 @@ cdef inline int receive_payload(nbd_conn *c, nbd_request *r, bint owner, int64_t
     if refused[0] == 0:
         flush_batch(c)
         refused[0] = take_buffer(c, r, r.n, c.w.stall_ns)
-        c.slow_peer.deadline = 0                # that was not the peer's fault
+        patience_new(&c.slow_peer)              # that was not the peer's fault
     end[0] = receive_far(c, <char *>r.owned, r.n)
     if end[0]:
         if r.owned != NULL:
@@ -387,7 +387,7 @@ cdef inline int next_request(nbd_conn *c, nbd_request *r, bint owner, int64_t *r
     if load_acquire(&c.w.lost):
         end[0] = end_of(c, 0)   # nobody is there to take an answer: what is left in the buffer is not worked off
         return ENDED
-    c.slow_peer.deadline = 0
+    patience_new(&c.slow_peer)
     got = receive(c, REQUEST_BYTES, False, owner, end)
     if got != GOT:
         return got
@@ -772,7 +772,7 @@ cdef inline int conn_serve(nbd_conn *c, int fd) noexcept nogil:
     c.in_buf = memory
     c.batch = memory + IN_BYTES
     c.memory.own = memory + IN_BYTES + BATCH_BYTES + 2 * PENDING
-    if wire_init(&c.w, c.server.stall_ns, memory + IN_BYTES + BATCH_BYTES) == 0:
+    if wire_init(&c.w, c.server.stall_ns, memory + IN_BYTES + BATCH_BYTES, &c.server.memory.starving, &c.memory.in_common) == 0:
         rc = c.seat = seat_take(crew, c)
         if rc >= 0:
             rc = epoll_add(crew.epoll_fd, fd, seat_event(crew, c.seat))

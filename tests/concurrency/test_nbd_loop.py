@@ -32,7 +32,8 @@ FUA = 1
 
 @pytest.fixture
 def core():
-    made = NbdCore(bytes_in_flight=8 << 20, max_request=1 << 20, max_drain=2 << 20, max_extents=64, stall_seconds=20.0)
+    limits = {"bytes_in_flight": 8 << 20, "max_request": 1 << 20, "max_drain": 2 << 20, "max_extents": 64}
+    made = NbdCore(connections=8, stall_seconds=20.0, **limits)
     yield made
     made._stop_helpers()
 

@@ -191,6 +191,7 @@ class Service:
         self.lock = threading.RLock()  # again by the same thread: where the garbage collector closes a server
         self.core = NbdCore(
             bytes_in_flight=limits.bytes_in_flight,
+            connections=limits.connections,
             max_request=limits.request,
             max_drain=limits.drain,
             max_extents=limits.extents,
