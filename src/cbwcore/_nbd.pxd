@@ -12,7 +12,7 @@
 # The reader owns `in_*` and `batch`; a request that outlives its turn owns its payload. The connection's own thread
 # is in conn_serve() from the first request to the last; helpers come and go.
 
-from libc.errno cimport EAGAIN, EINVAL, EIO, ENOMEM, ENOSPC, EOVERFLOW, EPERM, ETIMEDOUT
+from libc.errno cimport EAGAIN, EINVAL, EIO, ENOMEM, ENOSPC, EOPNOTSUPP, EPERM, ETIMEDOUT
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove, strlen
 from cbwcore._sys cimport (
@@ -73,7 +73,7 @@ cdef enum:
     CONN_BYTES = IN_BYTES + BATCH_BYTES + 2 * PENDING + OWN_BYTES     # touched only as far as they are used
     BATCHED_READ = 1 << 16      # longest read that goes into a batch
     MAX_RUNNING = 16            # requests of one connection that are run at once
-    MAX_CONTEXTS = 65
+    MAX_CONTEXTS = 64
     SEND_BYTES = 1 << 14        # of answers in a batch that is not kept any longer: the client has enough to go on
     LONG_NS = 1_000_000         # a write that took longer, and longer than 1 ns for each byte, has waited
     WARY_NS = 20_000_000        # for how long its like are then presumed to wait
@@ -151,15 +151,20 @@ cdef struct nbd_conn:
 
 # ---- replies ----
 
-cdef inline uint32_t wire_errno(const nbd_request *r, int64_t rc, bint from_target) noexcept nogil:
-    """The protocol's errno for a failure (DESIGN section 8): what is not in its list is EIO, and so is all that a snapshot's
-    target did: ENOSPC would make a hypervisor pause its guest for a full backup store."""
+cdef inline uint32_t wire_errno(const nbd_conn *c, const nbd_request *r, int64_t rc, bint from_target) noexcept nogil:
+    """The protocol's errno for a failure (DESIGN section 8). EPERM and EINVAL say that the request was wrong, and ENOTSUP is for
+    FAST_ZERO alone: a storage that fails with these has failed, EIO. So has a snapshot's target, whatever it says: ENOSPC would
+    make a hypervisor pause its guest for a full backup store."""
     if rc == E_CLOSED:
         return NBD_ESHUTDOWN
-    if from_target or rc == E_BROKEN or rc == E_ACCESS or (rc == -ENOSPC and r.type == CMD_READ):
+    if from_target or rc == E_BROKEN or rc == E_ACCESS:
         return EIO
-    if -rc in (EPERM, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, NBD_ENOTSUP):
+    if rc == -ENOMEM or rc == check(c, r):
         return <uint32_t>-rc
+    if rc == -EOPNOTSUPP and r.type == CMD_WRITE_ZEROES and r.flags & FLAG_FAST_ZERO:
+        return NBD_ENOTSUP
+    if rc == -ENOSPC and r.type in (CMD_WRITE, CMD_WRITE_ZEROES, CMD_TRIM, CMD_FLUSH):
+        return ENOSPC
     return EIO
 
 
@@ -221,7 +226,7 @@ cdef inline uint64_t put_read_head(const nbd_conn *c, char *p, const nbd_request
 
 cdef inline void send_result(nbd_conn *c, const nbd_request *r, int64_t rc, bint from_target) noexcept nogil:
     cdef char reply[256]
-    cdef uint32_t error = wire_errno(r, rc, from_target) if rc < 0 else 0
+    cdef uint32_t error = wire_errno(c, r, rc, from_target) if rc < 0 else 0
     wire_send(&c.w, reply, put_result(c, reply, r, error, error_text(rc)), NULL, 0)
 
 
@@ -239,7 +244,7 @@ cdef inline char *batch_room(nbd_conn *c, uint64_t n) noexcept nogil:
 
 
 cdef inline void batch_result(nbd_conn *c, const nbd_request *r, int64_t rc, bint from_target) noexcept nogil:
-    cdef uint32_t error = wire_errno(r, rc, from_target) if rc < 0 else 0
+    cdef uint32_t error = wire_errno(c, r, rc, from_target) if rc < 0 else 0
     c.nbatch += put_result(c, batch_room(c, 256), r, error, error_text(rc))
 
 

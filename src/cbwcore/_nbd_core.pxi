@@ -7,7 +7,8 @@ cdef class NbdCore:
     """What the connections of one NBD server share: helper threads, and the budget of bytes in flight.
 
     ``bytes_in_flight``, ``max_request``, ``max_drain``: bytes; ``connections``: how many share the bytes in flight;
-    ``max_extents``: per block status reply and context; ``stall_seconds``: how long a request or reply may make no progress. DESIGN section 8."""
+    ``max_extents``: per block status reply and context; ``stall_seconds``: how long a request or reply may make no
+    progress. DESIGN section 8."""
     cdef nbd_server *server
     cdef uint64_t generation
     cdef bint ready

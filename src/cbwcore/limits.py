@@ -61,8 +61,8 @@ class Limits:
 
     @property
     def polling_threads(self) -> int:
-        """How many threads may poll for a moment (up to 100 µs) before they block: for storage, a client's next request,
-        or a copy of another thread. Default: one less than the CPUs of the process; 0: none polls."""
+        """How many threads may poll for a moment (up to 100 µs) before they block: for storage, a client's next
+        request, or a copy of another thread. Default: one less than the CPUs of the process; 0: none polls."""
         return polling_threads()
 
     @polling_threads.setter

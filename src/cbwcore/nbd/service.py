@@ -224,6 +224,9 @@ class Service:
 
     def start_accepting(self) -> None:
         """Let clients in; until then they wait in the backlog."""
+        if not self._accepting:
+            with self.lock:
+                self._idle_since = time.monotonic()  # opening a disk may have taken long, and no client could come
         self._accepting = True
         self._wake_up()
 
