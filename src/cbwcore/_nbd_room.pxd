@@ -11,7 +11,7 @@
 #   it is lost (_nbd_wire.pxd). So bad clients may hold a large request up, but not until it fails.
 # - Small requests (up to OWN_BYTES) never wait for any of it: the connection has memory of its own to fall back on.
 #
-# Nobody waits for ever: not past the connection's stop, nor longer than a stalled peer may take.
+# Nobody waits for ever: not past the connection's stop, nor, once it is its turn, longer than a stalled peer may take.
 
 from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint64_t
@@ -138,13 +138,13 @@ cdef inline void wake_turn(const room *m) noexcept nogil:
 
 
 cdef inline void uncharge(room *m, share *s, uint64_t n) noexcept nogil:
-    """A buffer of the connection's came back. One who waits may go on: of the same connection, or whose turn it is."""
+    """A buffer of the connection's came back: others of the same connection may go on, or whose turn it is."""
     cdef place *p = m.first
     charge(m, s, s.charged - class_bytes(n))
-    while p != NULL and not (p.owner == s and fits_part(m, s, p.size)):
+    while p != NULL:
+        if p.owner == s and fits_part(m, s, p.size):
+            pthread_cond_signal(&p.suits)
         p = p.next
-    if p != NULL:
-        pthread_cond_signal(&p.suits)
     wake_turn(m)
 
 
@@ -218,7 +218,8 @@ cdef inline void join_queue(room *m, place *mine) noexcept nogil:
 
 cdef inline int wait_for_room(room *m, share *s, uint64_t size, int64_t ns, const uint64_t *stopping,
                               const uint64_t *lost) noexcept nogil:
-    """Under lock: until `size` bytes can be charged, for up to `ns`. 0, -ENOMEM or E_CLOSED."""
+    """Under lock: until `size` bytes can be charged, for up to `ns` not counting its time in the queue behind others, whose
+    turns end. 0, -ENOMEM or E_CLOSED."""
     cdef int64_t deadline = monotonic_ns() + ns, turn = 0
     cdef place mine
     cdef int rc = cond_init(&mine.suits)
@@ -235,6 +236,8 @@ cdef inline int wait_for_room(room *m, share *s, uint64_t size, int64_t ns, cons
                 turn = monotonic_ns()
             elif monotonic_ns() - turn >= ns // STARVES:
                 store_release(&m.starving, 1)
+        elif ns and not is_greedy(m, s, size):
+            deadline = monotonic_ns() + ns
         rc = wait_on(m, &mine, deadline, stopping, lost)
     leave_queue(m, &mine)
     pthread_cond_destroy(&mine.suits)
