@@ -28,7 +28,8 @@ cdef enum:
     OWN_BYTES = 1 << 17
     LEAST_PART = 4096
     KEEP_BYTES = 8 << 20        # to keep warm
-    LOOK_NS = 100_000_000       # how often a waiter looks whether it starves, or its peer is lost
+    LOOK_NS = 1_000_000_000     # how often a waiter looks whether its peer is lost
+    TURN_NS = 100_000_000       # and one whose turn it is, whether it starves
     STARVES = 10                # the part of the stall limit after which a waiter starves
 
 
@@ -42,6 +43,7 @@ cdef struct share:              # what a connection has; under the room's lock
 cdef struct place:              # in the queue; its thread's, until it has left it
     place *next
     pthread_cond_t suits        # it may go on: nobody else is woken for nothing
+    bint knows                  # it was told that its turn has come
     const share *owner
     uint64_t size
 
@@ -133,7 +135,8 @@ cdef inline void charge(room *m, share *s, uint64_t charged) noexcept nogil:
 cdef inline void wake_turn(const room *m) noexcept nogil:
     """Let the one whose turn it is go on, if it can."""
     cdef place *p = whose_turn(m)
-    if p != NULL and fits_common(m, p.owner, p.size):
+    if p != NULL and (fits_common(m, p.owner, p.size) or not p.knows):
+        p.knows = True
         pthread_cond_signal(&p.suits)
 
 
@@ -183,16 +186,16 @@ cdef inline void *room_take_small(room *m, share *s, uint64_t n) noexcept nogil:
     return s.own
 
 
-cdef inline int wait_on(room *m, place *mine, int64_t deadline, const uint64_t *stopping,
+cdef inline int wait_on(room *m, place *mine, int64_t deadline, int64_t look, const uint64_t *stopping,
                         const uint64_t *lost) noexcept nogil:
-    """Under lock: until something may have changed. E_CLOSED once the connection is to stop or has lost its peer;
-    -ENOMEM when the time is up."""
+    """Under lock: until something may have changed, for `look` ns at most. E_CLOSED once the connection is to stop or has
+    lost its peer; -ENOMEM when the time is up."""
     cdef int64_t now = monotonic_ns()
     if load_acquire(stopping) or load_acquire(lost):
         return E_CLOSED
     if now >= deadline:
         return -ENOMEM
-    cond_wait_until(&mine.suits, &m.lock, now + <int64_t>least(<uint64_t>(deadline - now), LOOK_NS))
+    cond_wait_until(&mine.suits, &m.lock, now + <int64_t>least(<uint64_t>(deadline - now), <uint64_t>look))
     return 0
 
 
@@ -220,25 +223,28 @@ cdef inline int wait_for_room(room *m, share *s, uint64_t size, int64_t ns, cons
                               const uint64_t *lost) noexcept nogil:
     """Under lock: until `size` bytes can be charged, for up to `ns` not counting its time in the queue behind others, whose
     turns end. 0, -ENOMEM or E_CLOSED."""
-    cdef int64_t deadline = monotonic_ns() + ns, turn = 0
+    cdef int64_t deadline = monotonic_ns() + ns, turn = 0, look
     cdef place mine
     cdef int rc = cond_init(&mine.suits)
     if rc < 0:
         return rc
     mine.owner = s
     mine.size = size
+    mine.knows = False
     join_queue(m, &mine)
     while rc == 0 and not fits_part(m, s, size):
+        look = LOOK_NS
         if whose_turn(m) == &mine:
             if fits_common(m, s, size):
                 break
+            look = TURN_NS
             if turn == 0:
                 turn = monotonic_ns()
             elif monotonic_ns() - turn >= ns // STARVES:
                 store_release(&m.starving, 1)
         elif ns and not is_greedy(m, s, size):
             deadline = monotonic_ns() + ns
-        rc = wait_on(m, &mine, deadline, stopping, lost)
+        rc = wait_on(m, &mine, deadline, look, stopping, lost)
     leave_queue(m, &mine)
     pthread_cond_destroy(&mine.suits)
     return rc
