@@ -124,11 +124,16 @@ def measure(sides, ends):
     return found
 
 
+def nearly_slowest(seconds):
+    """The 99th percentile; of few requests the 90th, for the 99th were the slowest."""
+    return sorted(seconds)[int(len(seconds) * (0.99 if len(seconds) >= 300 else 0.9))]
+
+
 def held_up(control, beside):
     """What is slower than it may be; None where nothing is."""
     for which, figure, allowed in (
         ("p50", statistics.median, ALLOWED),
-        ("p99", lambda seconds: statistics.quantiles(seconds, n=100)[-1], ALLOWED),
+        ("nearly the slowest", nearly_slowest, ALLOWED),
         ("slowest", max, ALLOWED_ONCE),
     ):
         if figure(beside) > figure(control) + max(allowed, figure(control) / 4):
