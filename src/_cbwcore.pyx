@@ -22,7 +22,7 @@ from cbwcore._sys cimport dio_alignment as c_dio_alignment
 from cbwcore._geometry cimport least, most, outer_end
 from cbwcore._bitmap cimport bitmap, bitmap_count, bitmap_free, bitmap_init, bitmap_next, bitmap_put, bitmap_reset, \
     bitmap_test
-from cbwcore._buffers cimport LARGEST, bufpool, bufpool_init, bufpool_reserve, bufpool_set_limit
+from cbwcore._buffers cimport LARGEST, bufpool, bufpool_init, bufpool_reserve, bufpool_set_limit, class_bytes
 from cbwcore._blockio cimport (
     blk, blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pread_cached, psync_pwrite, psync_seek, psync_zero,
     uring_discard, uring_pread, uring_pwrite, uring_seek, uring_zero,
@@ -43,7 +43,7 @@ from cbwcore._engine cimport (
     disk_init, disk_put, gate_open, gate_shut, guest_flush, guest_read, guest_status, guest_write,
 )
 from cbwcore._engine cimport MAX_SNAPSHOTS as C_MAX_SNAPSHOTS
-from cbwcore._nbd_helpers cimport helpers_destroy, helpers_init, helpers_stop, new_eventfd
+from cbwcore._nbd_helpers cimport MAX_SEATS, helpers_destroy, helpers_init, helpers_stop, new_eventfd
 from cbwcore._nbd_room cimport room_destroy, room_init
 from cbwcore._nbd cimport (
     MAX_CONTEXTS, conn_destroy, conn_init, conn_serve, conn_stop, conn_visit, nbd_conn, nbd_server,

@@ -12,9 +12,9 @@ from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 from cbwcore._sys cimport (
     FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, SEEK_DATA, SEEK_END, SEEK_HOLE, close_once, cond_init, discard_device,
-    fallocate_once, load_acquire, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_t, pthread_cond_wait,
+    fallocate_once, load_acquire, load_relaxed, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_t, pthread_cond_wait,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
-    read_cached, read_once, seek_once, sleep_ns, store_release, sync_once, write_once, zero_block,
+    read_cached, read_once, seek_once, sleep_ns, store_release, sync_once, try_fallocate_beside, write_once, zero_block,
 )
 from cbwcore._geometry cimport least, round_down, round_up
 from cbwcore._reqlist cimport reqlist, reqlist_add, reqlist_conflict, reqlist_remove, request
@@ -26,6 +26,9 @@ cdef enum:
     BOUNCE = 1 << 20            # bytes of one bounce buffer
     BOUNCE_BUDGET = 8 << 20     # bytes of all bounce buffers of one user of a file: its guests, or a snapshot's readers
     ZERO_BLOCK = 65536
+    ZEROING_UNKNOWN = 0
+    ZEROING_FAST = 1
+    ZEROING_SLOW = 2            # zeroes must be written
     SHORTEST_TRIES = 100        # attempts in a row that O_DIRECT may end inside one block
 
 
@@ -59,6 +62,7 @@ cdef struct blk:
     uint64_t mem_align          # of memory; 1 where buffered
     uint64_t zero_align         # of fallocate ranges
     uint64_t cut                # sticky: the file was seen smaller than `size`, and may since have grown again
+    uint64_t zeroing[2]         # by may_unmap: what is known of the file system's zeroing; ZEROING_ values
     uint64_t tracked            # writes are listed in `writes`; set once, by the first unaligned write, while drained
     pthread_mutex_t lock        # guards all below
     pthread_cond_t written      # a write or flush ended
@@ -407,6 +411,20 @@ cdef inline int zero_range(blk *b, uint64_t off, uint64_t end, bint may_unmap) n
     return rc
 
 
+cdef inline bint blk_zeroes_fast(blk *b, uint64_t off, uint64_t n, bint may_unmap) noexcept nogil:
+    """Whether zeroing [off, off + n) need not write them, as far as can be known without a try. A part of a block is written,
+    which is as fast. In a directory where no file can be made the first try tells."""
+    cdef int known
+    if round_up(off, b.zero_align) >= round_down(off + n, b.zero_align):
+        return True
+    if b.is_device:
+        return may_unmap and load_relaxed(&b.zeroing[may_unmap]) != ZEROING_SLOW
+    if load_relaxed(&b.zeroing[may_unmap]) == ZEROING_UNKNOWN:
+        known = try_fallocate_beside(b.fd, FALLOC_FL_PUNCH_HOLE if may_unmap else FALLOC_FL_ZERO_RANGE)
+        store_release(&b.zeroing[may_unmap], ZEROING_SLOW if known == 0 else ZEROING_FAST)
+    return load_relaxed(&b.zeroing[may_unmap]) == ZEROING_FAST
+
+
 cdef inline int blk_write_zeroes(blk *b, bufpool *pool, uint64_t off, uint64_t n, bint may_unmap,
                                  bint fast) noexcept nogil:
     """Make [off, off + n) read as zeroes: deallocated where allowed and possible, else written, or, with `fast`, refused
@@ -420,6 +438,7 @@ cdef inline int blk_write_zeroes(blk *b, bufpool *pool, uint64_t off, uint64_t n
         return write_zero_data(b, pool, off, end)
     rc = -EOPNOTSUPP if fast and b.is_device and not may_unmap else zero_range(b, first, last, may_unmap)
     if rc == -EOPNOTSUPP or rc == -EINVAL:
+        store_release(&b.zeroing[may_unmap], ZEROING_SLOW)
         if fast:
             return -EOPNOTSUPP
         return write_zero_data(b, pool, off, end)
@@ -427,7 +446,7 @@ cdef inline int blk_write_zeroes(blk *b, bufpool *pool, uint64_t off, uint64_t n
         rc = write_zero_data(b, pool, off, first)
     if rc == 0:
         rc = write_zero_data(b, pool, last, end)
-    return rc
+    return -EIO if rc == -EOPNOTSUPP else rc        # something was changed, so it is no refusal
 
 
 cdef inline int blk_discard(blk *b, uint64_t off, uint64_t n) noexcept nogil:

@@ -125,6 +125,7 @@ class NbdCore:
         cls,
         *,
         bytes_in_flight: SupportsIndex,
+        connections: int,
         max_request: SupportsIndex,
         max_drain: SupportsIndex,
         max_extents: SupportsIndex,

@@ -10,7 +10,7 @@
 # A writer adds to its slot and then reads the gate; the shutter sets the gate and then reads the slots. Both in
 # sequentially consistent order, so at least one of them sees the other.
 
-from libc.errno cimport ENOSPC, EOPNOTSUPP
+from libc.errno cimport EIO, ENOSPC, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
@@ -25,7 +25,7 @@ from cbwcore._bitmap cimport bitmap, bitmap_put
 from cbwcore._buffers cimport bufpool, bufpool_destroy, bufpool_init
 from cbwcore._blockio cimport (
     BOUNCE, BOUNCE_BUDGET, blk, blk_close, blk_destroy, blk_discard, blk_extent, blk_flush, blk_needs_tracking,
-    blk_read, blk_read_cached, blk_track, blk_write, blk_write_zeroes,
+    blk_read, blk_read_cached, blk_track, blk_write, blk_write_zeroes, blk_zeroes_fast,
 )
 from cbwcore._copy cimport old_data_put
 from cbwcore._snapshot cimport (
@@ -373,7 +373,10 @@ cdef inline int submit(disk *d, int op, const void *buf, uint64_t off, uint64_t 
         rc = blk_write(&d.io, &d.bounce, buf, n, off)
     else:
         rc = blk_write_zeroes(&d.io, &d.bounce, off, n, may_unmap, op == GUEST_ZERO_FAST)
-    return blk_flush(&d.io) if rc == 0 and fua else rc
+    if rc == 0 and fua:
+        rc = blk_flush(&d.io)
+        return -EIO if rc == -EOPNOTSUPP else rc    # something was written, so it is no refusal
+    return rc
 
 
 cdef inline int finish_write(disk *d, slot *own, int op, const void *buf, uint64_t off, uint64_t n, bint fua,
@@ -396,6 +399,9 @@ cdef inline int guest_write(disk *d, int op, const void *buf, uint64_t off, uint
     cdef int rc
     why.error = 0
     own = enter_write(d)
+    if own != NULL and op == GUEST_ZERO_FAST and not blk_zeroes_fast(&d.io, off, n, may_unmap):
+        leave_write(d, own)
+        return -EOPNOTSUPP          # before anything is copied for it
     while own != NULL and needs_cbw(d, off, n):
         rc = pass_snapshots(d, own, off, n, why)
         if rc < 0:

@@ -12,7 +12,7 @@
 # The reader owns `in_*` and `batch`; a request that outlives its turn owns its payload. The connection's own thread
 # is in conn_serve() from the first request to the last; helpers come and go.
 
-from libc.errno cimport EAGAIN, EINVAL, EIO, ENOMEM, ENOSPC, EOVERFLOW, EPERM, ETIMEDOUT
+from libc.errno cimport EAGAIN, EINVAL, EIO, ENOMEM, ENOSPC, EOPNOTSUPP, EPERM, ETIMEDOUT
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove, strlen
 from cbwcore._sys cimport (
@@ -35,7 +35,7 @@ from cbwcore._nbd_helpers cimport (
 from cbwcore._nbd_room cimport OWN_BYTES, room, room_put, room_stir, room_take_large, room_take_small, share
 from cbwcore._nbd_status cimport EXTENT_BYTES, context, list_extents
 from cbwcore._nbd_wire cimport (
-    PENDING, get16, get32, get64, patience, put16, put32, put64, shut_receiving, wire, wire_destroy, wire_init,
+    PENDING, get16, get32, get64, patience, patience_new, put16, put32, put64, shut_receiving, wire, wire_destroy, wire_init,
     wire_recv, wire_recv_idle, wire_send,
 )
 
@@ -73,7 +73,7 @@ cdef enum:
     CONN_BYTES = IN_BYTES + BATCH_BYTES + 2 * PENDING + OWN_BYTES     # touched only as far as they are used
     BATCHED_READ = 1 << 16      # longest read that goes into a batch
     MAX_RUNNING = 16            # requests of one connection that are run at once
-    MAX_CONTEXTS = 65
+    MAX_CONTEXTS = 64
     SEND_BYTES = 1 << 14        # of answers in a batch that is not kept any longer: the client has enough to go on
     LONG_NS = 1_000_000         # a write that took longer, and longer than 1 ns for each byte, has waited
     WARY_NS = 20_000_000        # for how long its like are then presumed to wait
@@ -151,15 +151,20 @@ cdef struct nbd_conn:
 
 # ---- replies ----
 
-cdef inline uint32_t wire_errno(const nbd_request *r, int64_t rc, bint from_target) noexcept nogil:
-    """The protocol's errno for a failure (DESIGN section 8): what is not in its list is EIO, and so is all that a snapshot's
-    target did: ENOSPC would make a hypervisor pause its guest for a full backup store."""
+cdef inline uint32_t wire_errno(const nbd_conn *c, const nbd_request *r, int64_t rc, bint from_target) noexcept nogil:
+    """The protocol's errno for a failure (DESIGN section 8). EPERM and EINVAL say that the request was wrong, and ENOTSUP is for
+    FAST_ZERO alone: a storage that fails with these has failed, EIO. So has a snapshot's target, whatever it says: ENOSPC would
+    make a hypervisor pause its guest for a full backup store."""
     if rc == E_CLOSED:
         return NBD_ESHUTDOWN
-    if from_target or rc == E_BROKEN or rc == E_ACCESS or (rc == -ENOSPC and r.type == CMD_READ):
+    if from_target or rc == E_BROKEN or rc == E_ACCESS:
         return EIO
-    if -rc in (EPERM, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, NBD_ENOTSUP):
+    if rc == -ENOMEM or rc == check(c, r):
         return <uint32_t>-rc
+    if rc == -EOPNOTSUPP and r.type == CMD_WRITE_ZEROES and r.flags & FLAG_FAST_ZERO:
+        return NBD_ENOTSUP
+    if rc == -ENOSPC and r.type in (CMD_WRITE, CMD_WRITE_ZEROES, CMD_TRIM, CMD_FLUSH):
+        return ENOSPC
     return EIO
 
 
@@ -221,7 +226,7 @@ cdef inline uint64_t put_read_head(const nbd_conn *c, char *p, const nbd_request
 
 cdef inline void send_result(nbd_conn *c, const nbd_request *r, int64_t rc, bint from_target) noexcept nogil:
     cdef char reply[256]
-    cdef uint32_t error = wire_errno(r, rc, from_target) if rc < 0 else 0
+    cdef uint32_t error = wire_errno(c, r, rc, from_target) if rc < 0 else 0
     wire_send(&c.w, reply, put_result(c, reply, r, error, error_text(rc)), NULL, 0)
 
 
@@ -239,7 +244,7 @@ cdef inline char *batch_room(nbd_conn *c, uint64_t n) noexcept nogil:
 
 
 cdef inline void batch_result(nbd_conn *c, const nbd_request *r, int64_t rc, bint from_target) noexcept nogil:
-    cdef uint32_t error = wire_errno(r, rc, from_target) if rc < 0 else 0
+    cdef uint32_t error = wire_errno(c, r, rc, from_target) if rc < 0 else 0
     c.nbatch += put_result(c, batch_room(c, 256), r, error, error_text(rc))
 
 
@@ -370,7 +375,7 @@ cdef inline int receive_payload(nbd_conn *c, nbd_request *r, bint owner, int64_t
     if refused[0] == 0:
         flush_batch(c)
         refused[0] = take_buffer(c, r, r.n, c.w.stall_ns)
-        c.slow_peer.deadline = 0                # that was not the peer's fault
+        patience_new(&c.slow_peer)              # that was not the peer's fault
     end[0] = receive_far(c, <char *>r.owned, r.n)
     if end[0]:
         if r.owned != NULL:
@@ -387,7 +392,7 @@ cdef inline int next_request(nbd_conn *c, nbd_request *r, bint owner, int64_t *r
     if load_acquire(&c.w.lost):
         end[0] = end_of(c, 0)   # nobody is there to take an answer: what is left in the buffer is not worked off
         return ENDED
-    c.slow_peer.deadline = 0
+    patience_new(&c.slow_peer)
     got = receive(c, REQUEST_BYTES, False, owner, end)
     if got != GOT:
         return got
@@ -772,7 +777,7 @@ cdef inline int conn_serve(nbd_conn *c, int fd) noexcept nogil:
     c.in_buf = memory
     c.batch = memory + IN_BYTES
     c.memory.own = memory + IN_BYTES + BATCH_BYTES + 2 * PENDING
-    if wire_init(&c.w, c.server.stall_ns, memory + IN_BYTES + BATCH_BYTES) == 0:
+    if wire_init(&c.w, c.server.stall_ns, memory + IN_BYTES + BATCH_BYTES, &c.server.memory.starving, &c.memory.in_common) == 0:
         rc = c.seat = seat_take(crew, c)
         if rc >= 0:
             rc = epoll_add(crew.epoll_fd, fd, seat_event(crew, c.seat))

@@ -6,13 +6,15 @@ cdef tuple NBD_ENDS = ("", "disconnected by the client", "gone", "stopped", "sta
 cdef class NbdCore:
     """What the connections of one NBD server share: helper threads, and the budget of bytes in flight.
 
-    ``bytes_in_flight``, ``max_request``, ``max_drain``: bytes; ``max_extents``: per block status reply and context;
-    ``stall_seconds``: how long a request or reply may make no progress. DESIGN section 8."""
+    ``bytes_in_flight``, ``max_request``, ``max_drain``: bytes; ``connections``: how many share the bytes in flight;
+    ``max_extents``: per block status reply and context; ``stall_seconds``: how long a request or reply may make no
+    progress. DESIGN section 8."""
     cdef nbd_server *server
     cdef uint64_t generation
     cdef bint ready
 
-    def __cinit__(self, *, bytes_in_flight, max_request, max_drain, max_extents, double stall_seconds):
+    def __cinit__(self, *, bytes_in_flight, connections, max_request, max_drain, max_extents,
+                  double stall_seconds):
         cdef int rc
         self.generation = fork_generation
         self.server = <nbd_server *>calloc(1, sizeof(nbd_server))
@@ -27,7 +29,9 @@ cdef class NbdCore:
         if self.server.max_extents == 0 or not 0 < stall_seconds <= 86400:
             raise ConfigError(f"max_extents {max_extents} is not above 0, or stall_seconds {stall_seconds} not in (0, 86400]")
         self.server.stall_ns = <int64_t>(stall_seconds * 1e9)
-        rc = room_init(&self.server.memory, as_bytes(bytes_in_flight, "bytes_in_flight"))
+        if not 0 < connections <= MAX_SEATS or bytes_in_flight < class_bytes(self.server.max_request):
+            raise ConfigError(f"connections {connections} is not in 1..{MAX_SEATS}, or bytes_in_flight {bytes_in_flight} too few")
+        rc = room_init(&self.server.memory, as_bytes(bytes_in_flight, "bytes_in_flight"), connections, self.server.max_request)
         if rc == 0:
             rc = helpers_init(&self.server.crew, conn_visit)
         if rc == 0:

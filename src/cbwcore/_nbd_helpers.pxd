@@ -2,8 +2,9 @@
 #
 # A connection takes a *seat*. A helper comes to it when it is called (there are requests in its buffer) or when its
 # socket, watched while nobody reads it, has something. Idle helpers sleep in epoll_wait(), and one of them is woken.
-# As long as fewer than MAX_HELPERS exist, one is always idle: a connection whose requests all wait for a dead target
-# holds up no other; they fall back on their own threads.
+# As long as fewer than MAX_HELPERS exist, one is always idle: a connection whose requests all wait for a dead target, or
+# for their client, holds up no other. Half of them are for connections that have none, so that greedy ones cannot have
+# them all; where none is left connections fall back on their own threads.
 
 from libc.errno cimport EAGAIN
 from libc.stdint cimport uint32_t, uint64_t
@@ -57,7 +58,8 @@ cdef extern from * nogil:
     uint64_t epoll_next(int ep)
 
 cdef enum:
-    MAX_HELPERS = 128
+    MAX_HELPERS = 256
+    FREE_FOR_ALL = 128          # with so many at work no seat gets a second one
     MAX_SEATS = 4096
     NO_SEAT = -1
 
@@ -68,6 +70,7 @@ cdef struct seat:
     uint64_t visitors           # helpers that are with the taker
     int next                    # in the queue
     bint queued
+    bint missed                 # a visitor was needed that could not be spared: one who is there looks again
 
 
 cdef struct helpers:
@@ -153,6 +156,17 @@ cdef inline int await_seat(helpers *h) noexcept nogil:
     return next_called(h) if event == CBW_WAKE else seat_of(h, event)
 
 
+cdef inline void visit_seat(helpers *h, int i) noexcept nogil:
+    """Under lock, given up meanwhile: be with the taker until nothing was missed."""
+    while True:
+        pthread_mutex_unlock(&h.lock)
+        h.visit(h.seats[i].taker)
+        pthread_mutex_lock(&h.lock)
+        if not h.seats[i].missed:
+            return
+        h.seats[i].missed = False
+
+
 cdef inline void *helper_main(void *arg) noexcept nogil:
     cdef helpers *h = <helpers *>arg
     cdef int i
@@ -162,11 +176,12 @@ cdef inline void *helper_main(void *arg) noexcept nogil:
         i = await_seat(h)
         if i == NO_SEAT:
             continue
+        if h.seats[i].visitors and h.count - h.idle > FREE_FOR_ALL:
+            h.seats[i].missed = True
+            continue
         h.seats[i].visitors += 1
         keep_one_idle(h)
-        pthread_mutex_unlock(&h.lock)
-        h.visit(h.seats[i].taker)
-        pthread_mutex_lock(&h.lock)
+        visit_seat(h, i)
         h.seats[i].visitors -= 1
         pthread_cond_broadcast(&h.visited)
     pthread_mutex_unlock(&h.lock)

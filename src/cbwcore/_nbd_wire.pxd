@@ -13,6 +13,7 @@ from cbwcore._sys cimport (
     pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, store_release,
 )
+from cbwcore._geometry cimport least
 
 cdef extern from * nogil:
     """
@@ -78,11 +79,16 @@ cdef extern from * nogil:
 cdef enum:
     PENDING = 16384             # bytes of small replies that may wait for the sender
     STEADY = 1 << 20            # bytes: who moves fewer within the stall limit, and is not done, has stalled
+    HURRY = 10                  # with others starving: within this part of the limit,
+    HURRY_ALL = 2               # and all of the transfer within this one
+    LOOKS = 40                  # how often, in the stall limit, a waiting transfer looks at that
 
 
-cdef struct patience:           # of one transfer
-    int64_t deadline            # monotonic ns; 0 until it first has to wait
-    uint64_t moved              # bytes since
+cdef struct patience:           # of one transfer; monotonic ns
+    int64_t deadline            # 0 until it first has to wait
+    int64_t since               # when that was
+    int64_t begun               # when it was the first time; 0: not yet
+    uint64_t moved              # bytes since `since`
 
 
 cdef struct wire:
@@ -90,6 +96,8 @@ cdef struct wire:
     int64_t stall_ns
     uint64_t stop_by            # monotonic ns, 0 until the connection is to stop: from then on no peer gets more time
     uint64_t lost               # set once, to a positive errno
+    const uint64_t *starving    # whether others wait for memory that this connection holds, if it does; of _nbd_room.pxd
+    const uint64_t *in_common
     pthread_mutex_t lock        # guards all below; not held while sending
     pthread_cond_t sent
     bint sending
@@ -99,9 +107,12 @@ cdef struct wire:
     char *outgoing              # the sender's: what was pending when it last looked
 
 
-cdef inline int wire_init(wire *w, int64_t stall_ns, char *buffers) noexcept nogil:
+cdef inline int wire_init(wire *w, int64_t stall_ns, char *buffers, const uint64_t *starving,
+                          const uint64_t *in_common) noexcept nogil:
     """`buffers`: 2 * PENDING bytes, of the caller. The socket comes later."""
     w.stall_ns = stall_ns
+    w.starving = starving
+    w.in_common = in_common
     w.lost = 0
     w.stop_by = 0
     w.sending = False
@@ -124,17 +135,32 @@ cdef inline void lose(wire *w, int error) noexcept nogil:
     shut_all(w.fd)
 
 
+cdef inline void patience_new(patience *p) noexcept nogil:
+    """Of a transfer that begins."""
+    p.deadline = p.begun = 0
+
+
+cdef inline bint keeps_waiting(const wire *w, const patience *p, int64_t now) noexcept nogil:
+    """Whether others starve for what the peer holds, and it is too slow for that."""
+    if not load_acquire(w.starving) or not load_acquire(w.in_common):
+        return False
+    return now - p.since >= w.stall_ns // HURRY or now - p.begun >= w.stall_ns // HURRY_ALL
+
+
 cdef inline int endure(wire *w, patience *p, bint to_send) noexcept nogil:
     """Wait for the socket in the middle of a transfer; -ETIMEDOUT once it has stalled."""
     cdef int64_t now = monotonic_ns(), stop_by = <int64_t>load_acquire(&w.stop_by)
     if p.deadline == 0:
+        p.since = now
         p.deadline = now + w.stall_ns
         p.moved = 0
+    if p.begun == 0:
+        p.begun = now
     if stop_by and stop_by < p.deadline:
         p.deadline = stop_by
-    if now >= p.deadline:
+    if now >= p.deadline or keeps_waiting(w, p, now):
         return -ETIMEDOUT
-    socket_wait(w.fd, to_send, p.deadline - now)
+    socket_wait(w.fd, to_send, <int64_t>least(<uint64_t>(p.deadline - now), <uint64_t>(w.stall_ns // LOOKS) + 1))
     return 0
 
 
@@ -177,8 +203,7 @@ cdef inline int send_pieces(wire *w, cbw_piece *p, int count) noexcept nogil:
     """Send all of it. 0 or -errno."""
     cdef patience left
     cdef int64_t rc
-    left.deadline = 0
-    left.moved = 0
+    patience_new(&left)
     advance_pieces(&p, &count, 0)
     while count:
         rc = send_once(w.fd, p, count)

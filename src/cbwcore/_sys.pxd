@@ -20,6 +20,7 @@ cdef extern from * nogil:
     #include <sched.h>
     #include <signal.h>
     #include <stdint.h>
+    #include <stdio.h>
     #include <string.h>
     #include <sys/ioctl.h>
     #include <sys/mman.h>
@@ -204,6 +205,30 @@ cdef extern from * nogil:
     static inline int fallocate_once(int fd, int mode, uint64_t off, uint64_t n) {
         return fallocate(fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)n) ? -errno : 0;
     }
+    /* Whether fallocate(mode) works where the file `fd` is: 1, 0, or -1 where that cannot be known. An unnamed file beside it
+       is tried, for the file itself must not change. */
+    static int try_fallocate_beside(int fd, int mode) {
+        char link[32], path[4096];
+        struct stat own, beside;
+        int rc = -1, trial;
+        snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+        ssize_t n = readlink(link, path, sizeof path - 1);
+        if (n <= 0 || n >= (ssize_t)sizeof path - 1 || path[0] != '/')
+            return -1;
+        path[n] = 0;
+        strrchr(path, '/')[1] = 0;
+        trial = open(path, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+        if (trial < 0)
+            return -1;
+        if (!fstat(fd, &own) && !fstat(trial, &beside) && own.st_dev == beside.st_dev) {
+            if (!fallocate(trial, mode | FALLOC_FL_KEEP_SIZE, 0, 4096))
+                rc = 1;
+            else if (errno == EOPNOTSUPP)
+                rc = 0;
+        }
+        close(trial);
+        return rc;
+    }
     static inline int discard_device(int fd, uint64_t off, uint64_t n) {
         uint64_t range[2] = { off, n };
         return ioctl(fd, BLKDISCARD, range) ? -errno : 0;
@@ -294,6 +319,7 @@ cdef extern from * nogil:
     bint knows_size(int fd)
     bint has_holes(int fd)
     int fallocate_once(int fd, int mode, uint64_t off, uint64_t n)
+    int try_fallocate_beside(int fd, int mode)
     int discard_device(int fd, uint64_t off, uint64_t n)
     int64_t seek_once(int fd, uint64_t off, int whence)
     int advise_once(int fd, uint64_t off, uint64_t n)

@@ -9,13 +9,18 @@ as far as its requests go.
 import contextlib
 import os
 import random
+import select
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 
+import nbd_protocol as nbd
 import pytest
 from engine_support import settled
+from nbd_support import Client as NbdClient
 
 import cbwcore
 from cbwcore._cbwcore import FaultPlan, NbdConnectionCore, NbdCore
@@ -32,7 +37,8 @@ FUA = 1
 
 @pytest.fixture
 def core():
-    made = NbdCore(bytes_in_flight=8 << 20, max_request=1 << 20, max_drain=2 << 20, max_extents=64, stall_seconds=20.0)
+    limits = {"bytes_in_flight": 8 << 20, "max_request": 1 << 20, "max_drain": 2 << 20, "max_extents": 64}
+    made = NbdCore(connections=8, stall_seconds=20.0, **limits)
     yield made
     made._stop_helpers()
 
@@ -40,8 +46,8 @@ def core():
 class Session:
     """A connection past its handshake, and the thread that serves it."""
 
-    def __init__(self, core, source, **options):
-        self.sock, self.theirs = socket.socketpair()
+    def __init__(self, core, source, *, kind=socket.SOCK_STREAM, **options):
+        self.sock, self.theirs = socket.socketpair(type=kind)
         self.sock.settimeout(30)
         options = {"read_only": False, "discard": False, "structured": True, "contexts": (None,)} | options
         self.core = NbdConnectionCore(core, source, **options)
@@ -313,3 +319,115 @@ def test_a_large_answer_that_nobody_takes_yet_does_not_stop_the_reading(core, tm
         assert sorted(session.reply() for _ in range(2)) == [(1, 0, b"1" * size), (2, 0, None)]
         session.send(DISC, 0, 0, 0, 0)
         assert session.end() == "disconnected by the client"
+
+
+# ---- without the GIL, in few threads, in batches ----
+
+HOLDS_THE_GIL = """
+import ctypes, sys
+import cbwcore
+
+image, path = sys.argv[1:]
+with cbwcore.Disk(image) as disk, disk.snapshot() as snapshot, cbwcore.NbdServer(socket=path) as server:
+    server.add_export("disk", disk, writable=True)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print("holds it", flush=True)
+    ctypes.PyDLL(None).usleep(5_000_000)  # PyDLL: without giving it up
+    print("gives it up", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_requests_are_served_while_another_thread_of_the_server_holds_the_gil(tmp_path):
+    """Also those that wait for a copy, for which the reader's part is handed on, and a helper is needed."""
+    image, path = tmp_path / "disk", str(tmp_path / "socket")
+    image.write_bytes(b"1" * (64 * 65536))
+    command = [sys.executable, "-c", HOLDS_THE_GIL, str(image), path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            with NbdClient(path) as client:
+                client.hello().option(nbd.STRUCTURED_REPLY)
+                assert client.go("disk").error == 0
+                assert client.read(0, UNIT) == b"1" * UNIT
+                process.stdin.write(b"\n")
+                assert process.stdout.readline() == b"holds it\n"
+                for i in range(0, 64, 8):
+                    handles = [client.request(WRITE, (i + k) * 65536, 0, b"2" * UNIT) for k in range(8)]
+                    assert [client.reply(handle).error for handle in handles] == [0] * 8
+                    assert client.read(i * 65536, 2 * UNIT) == b"2" * UNIT + b"1" * UNIT
+                client.ok(FLUSH)
+                assert not select.select([process.stdout], [], [], 0)[0], "it was served only when the GIL was free"
+            assert process.stdout.readline() == b"gives it up\n"
+            process.stdin.close()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+def thread_count():
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "waiting"])
+def test_many_requests_do_not_have_a_thread_each(core, tmp_path, waits):
+    """What will not wait is served by the reader; of what waits, 16 requests run at once, and one thread is idle."""
+    count = 1000
+    path = tmp_path / "disk"
+    path.write_bytes(b"1" * (count * UNIT))
+    plan = FaultPlan()
+    with cbwcore.Disk(path) as disk, disk.snapshot(tmp_path / "target", cluster_size=UNIT) as snapshot:
+        snapshot._inject(plan)
+        if waits:
+            plan.stall("pwrite")
+        session = Session(core, disk)
+        session.send(READ, 0, 0, 0, UNIT)
+        session.reply()
+        before = thread_count()
+        cmd, data = (WRITE, b"2" * 512) if waits else (READ, b"")
+        requests = [struct.pack(">IHHQQI", 0x25609513, 0, cmd, i, i * UNIT, 512) + data for i in range(count)]
+        sender = threading.Thread(target=session.sock.sendall, args=(b"".join(requests),), daemon=True)
+        sender.start()
+        seen = []
+        try:
+            if waits:
+                plan.wait_stalled(16)
+                assert settled(lambda: plan.stalled) == 16
+            seen.append(thread_count())
+        finally:
+            plan.release()
+        handles = []
+        for i in range(count):
+            handles.append(session.reply()[0])
+            if i % 10 == 0:
+                seen.append(thread_count())
+        sender.join()
+        assert sorted(handles) == list(range(count))
+        assert max(seen) - before <= 1 + (17 if waits else 0), seen
+        session.send(DISC, 0, 0, 0, 0)
+        assert session.end() == "disconnected by the client"
+
+
+@pytest.mark.parametrize(("cmd", "length", "most"), [(READ, 64, 100), (WRITE, 64, 500), (READ, UNIT, 500)])
+def test_answers_to_many_requests_go_out_in_few_sends(core, tmp_path, cmd, length, most):
+    """In the best of some tries: a write that noise made slow has those after it answered one by one for a while."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"1" * (1 << 20))
+    with cbwcore.Disk(path) as disk:
+        assert min(count_sends(core, disk, cmd, length, 1000) for _ in range(5)) <= most
+
+
+def count_sends(core, disk, cmd, length, count):
+    """How many sends the answers take. The socket keeps their bounds, so that they can be counted at the other end."""
+    session = Session(core, disk, kind=socket.SOCK_SEQPACKET)
+    data = b"2" * length if cmd == WRITE else b""
+    requests = [struct.pack(">IHHQQI", 0x25609513, 0, cmd, i, i * length % (1 << 19), length) for i in range(count)]
+    session.sock.sendall(b"".join(head + data for head in requests))
+    left, sends = count * (16 if cmd == WRITE else 28 + length), 0
+    while left:
+        left -= len(session.sock.recv(1 << 20))
+        sends += 1
+    session.send(DISC, 0, 0, 0, 0)
+    assert session.end() == "disconnected by the client"
+    return sends

@@ -86,6 +86,7 @@ class Rig:
     def connect(self, session, source):
         """The core, and a connection to it."""
         core = NbdCore(
+            connections=4,
             bytes_in_flight=(2 if session.tight else 64) << 20,
             max_request=sessions.MAX_REQUEST,
             max_drain=sessions.MAX_DRAIN,

@@ -21,7 +21,7 @@ from cbwcore._sys cimport (
 from cbwcore._geometry cimport least, most, round_down, round_up
 from cbwcore._bitmap cimport bitmap, bitmap_init, bitmap_put
 from cbwcore._buffers cimport bufpool, bufpool_init, bufpool_reserve, bufpool_set_limit
-from cbwcore._nbd_room cimport KEEP_BYTES, room, room_init
+from cbwcore._nbd_room cimport KEEP_BYTES, room, room_divide, room_init
 from cbwcore._blockio cimport (
     blk, blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pread_cached, psync_pwrite, psync_seek, psync_zero,
 )
@@ -127,6 +127,7 @@ cdef extern from * nogil:
 
 cdef enum:
     BUDGET = 64 << 20
+    CONNECTIONS = 4
     TIGHT = 512 << 10           # two requests of MOST_REQUEST
     PATIENT_US = 60_000_000
     HASTY_US = 500
@@ -478,7 +479,7 @@ cdef void make_server() noexcept nogil:
     SERVER.max_request = MOST_REQUEST
     SERVER.max_drain = MOST_DRAIN
     SERVER.event_fd = new_eventfd()
-    if SERVER.event_fd < 0 or room_init(&SERVER.memory, BUDGET) or helpers_init(&SERVER.crew, conn_visit):
+    if SERVER.event_fd < 0 or room_init(&SERVER.memory, BUDGET, CONNECTIONS, MOST_REQUEST) or helpers_init(&SERVER.crew, conn_visit):
         abort()
 
 
@@ -492,6 +493,7 @@ cdef void make_connection() noexcept nogil:
     buffers.keep = KEEP_BYTES if S.warm else 0
     if buffers.limit != limit and bufpool_set_limit(buffers, limit):
         abort()
+    room_divide(&SERVER.memory, limit, CONNECTIONS, MOST_REQUEST)
     CONN = <nbd_conn *>calloc(1, sizeof(nbd_conn))
     conn_init(CONN, SERVER)
     CONN.d = &D

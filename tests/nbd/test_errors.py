@@ -163,6 +163,11 @@ MAPPED = {
     errno.EROFS: nbd.EIO,
     errno.ENXIO: nbd.EIO,
     errno.EBADF: nbd.EIO,
+    errno.EPERM: nbd.EIO,
+    errno.EOVERFLOW: nbd.EIO,
+    errno.ESHUTDOWN: nbd.EIO,
+    errno.EDQUOT: nbd.EIO,
+    errno.EFBIG: nbd.EIO,
     errno.ENOSPC: nbd.ENOSPC,
     errno.ENOMEM: nbd.ENOMEM,
 }
@@ -186,7 +191,44 @@ def test_an_error_of_the_disk_goes_out_as_an_errno_of_the_protocol(host, rig, st
         assert_t0(snap, disk.t0)
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EFAULT])
+NO_FAULT_OF_THE_REQUEST = [errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EOVERFLOW, errno.ESHUTDOWN]
+
+
+@pytest.mark.parametrize("code", NO_FAULT_OF_THE_REQUEST)
+@pytest.mark.parametrize("flags", [0, nbd.FUA])
+@pytest.mark.parametrize("name", ["pwrite", "flush"])
+def test_what_the_protocol_says_of_requests_is_not_said_of_the_disk(host, rig, structured, code, flags, name):
+    """EINVAL, EPERM: the client did wrong; ENOTSUP: FAST_ZERO would be slow; EOVERFLOW: DF is too long."""
+    disk = host.disk()
+    plan = rig.plan(disk)
+    plan.error(name, code)
+    guest = host.open(structured=structured)
+    if name == "pwrite":
+        plan.error("zero", errno.EOPNOTSUPP)  # so zeroes are written
+        assert change(guest, nbd.WRITE, 0, flags=flags).error == nbd.EIO
+        assert change(guest, nbd.WRITE, 0, 3 * CLUSTER, flags=flags).error == nbd.EIO
+        assert change(guest, nbd.WRITE_ZEROES, 0, flags=flags).error == nbd.EIO
+    else:
+        assert change(guest, nbd.WRITE, 0, flags=flags).error == (nbd.EIO if flags else 0)
+        assert guest.call(nbd.FLUSH).error == nbd.EIO
+    assert guest.call(nbd.FLUSH, 1).error == guest.call(99).error == nbd.EINVAL  # the request's own
+
+
+@pytest.mark.parametrize("cmd", [nbd.WRITE, nbd.WRITE_ZEROES])
+@pytest.mark.parametrize("code", [*NO_FAULT_OF_THE_REQUEST, errno.ENOMEM, errno.ENOSPC])
+def test_nor_is_it_of_the_target_or_of_what_is_copied(host, rig, structured, cmd, code):
+    disk = host.disk()
+    snap = host.snapshot(disk)
+    guest = host.open(structured=structured)
+    plan = rig.plan(snap)
+    plan.error("pwrite", code)
+    assert change(guest, cmd, 0).error == nbd.EIO
+    plan.release()
+    rig.plan(disk).error("pread", code, times=1)
+    assert change(guest, cmd, 0).error == nbd.EIO
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EFAULT, *NO_FAULT_OF_THE_REQUEST])
 @pytest.mark.parametrize("length", [512, CLUSTER, 3 * CLUSTER])
 def test_a_read_that_fails_brings_an_error_and_no_data(host, rig, structured, code, length):
     disk = host.disk()

@@ -10,6 +10,7 @@ import pytest
 from engine_support import CLUSTER, LIMIT, file_bytes, pattern, settled
 from nbd_support import Disconnected
 
+import cbwcore
 from cbwcore import ConfigError
 from cbwcore.nbd import NbdLimits, TlsConfig
 
@@ -334,6 +335,21 @@ def test_so_many_queries_and_no_more(host, opt, limit, options):
     assert (reply.error, reply.names) == (nbd.ERR_TOO_BIG, [])
 
 
+def test_every_query_that_is_allowed_may_select_a_context(host):
+    """The core has room for so many, and more queries cannot be allowed."""
+    server = host.serve()
+    names = [f"b{n}" for n in range(70)]
+    bitmaps = [cbwcore.DirtyBitmap(4 * CLUSTER, name=name) for name in names]
+    disk = host.disk(server=server, bitmaps=bitmaps)
+    contexts = ["base:allocation", *(f"qemu:dirty-bitmap:{name}" for name in names)][:64]
+    client = host.open(server=server, contexts=contexts)
+    assert len(client.ok(nbd.BLOCK_STATUS, 0, disk.size).status) == 64
+    assert NbdLimits(queries=64).queries == 64
+    for too_many in (65, 66, 65536):
+        with pytest.raises(ConfigError, match=f"queries {too_many} is no number in 1..64"):
+            NbdLimits(queries=too_many)
+
+
 # ---- requests ----
 
 
@@ -432,6 +448,31 @@ def test_a_new_client_is_served_though_others_hold_all_the_bytes_in_flight(host)
         guest = host.open(server=server)
         guest.ok(nbd.WRITE, 0, 0, disk.t0[:4096])
         assert guest.read(0, 4096) == disk.t0[:4096]
+
+
+def test_a_block_status_has_fewer_extents_when_memory_is_short(host, rig):
+    """2^14, which a connection's own memory holds; when it is not short, all that there are."""
+    server = host.serve(request=MIB, bytes_in_flight=4 * MIB)
+    size = 512 << 15
+    bitmap = cbwcore.DirtyBitmap(size, granularity=512, name="b")
+    for start in range(0, size, 1024):
+        bitmap.set_range(start, 512)
+    host.disk(pattern(size), server=server, bitmaps=[bitmap])
+    name = "qemu:dirty-bitmap:b"
+    client = host.open(server=server, contexts=[name])
+    greedy = begun(host.open(server=server) for _ in range(2))  # a third would wait for them, and they be dropped
+    for each in greedy:
+        each.send(each.expect(nbd.READ, 0, MIB))
+    settled(lambda: [host.unread(each) for each in greedy])
+    extents = [(512, 1), (512, 0)] * (1 << 14)
+    (short,) = client.ok(nbd.BLOCK_STATUS, 0, size).status.values()
+    assert short == extents[: 1 << 14]
+    (rest,) = client.ok(nbd.BLOCK_STATUS, 512 << 14, size - (512 << 14)).status.values()
+    assert rest == extents[: 1 << 14]
+    for each in greedy:
+        assert each.reply().error == 0
+    (whole,) = client.ok(nbd.BLOCK_STATUS, 0, size).status.values()
+    assert whole == extents
 
 
 def memory(pid):

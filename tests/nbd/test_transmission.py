@@ -162,6 +162,41 @@ def test_where_zeroing_is_not_fast_only_fast_zero_says_so(host, rig, disk, clien
     assert client.read(0, SIZE) == bytes(CLUSTER) + disk.t0[CLUSTER:]
 
 
+@pytest.mark.parametrize("flags", [nbd.FAST_ZERO, nbd.FAST_ZERO | nbd.FUA])
+def test_fast_zero_that_is_refused_copies_nothing(host, disk, snap, client, flags):
+    """tmpfs can make holes and cannot zero a range: it must not cost the snapshot a copy to find that out."""
+    reply = client.call(nbd.WRITE_ZEROES, 0, SIZE, flags=flags | nbd.NO_HOLE)
+    if reply.error == 0:
+        pytest.skip("the file system of this disk zeroes ranges")
+    assert reply.error == nbd.ENOTSUP
+    assert snap.stats().cbw_bytes == snap.stats().guest_writes == disk.stats().guest_writes == 0
+    assert client.read(0, SIZE) == disk.t0
+    client.ok(nbd.WRITE_ZEROES, 0, SIZE, flags=flags)  # as a hole it is fast
+    assert client.read(0, SIZE) == bytes(SIZE)
+    assert_t0(snap, disk.t0)
+
+
+@pytest.mark.parametrize("flags", [0, nbd.NO_HOLE])
+def test_where_only_a_try_could_tell_fast_zero_is_refused_without_a_copy_from_then_on(
+    host, rig, disk, snap, client, flags
+):
+    rig.plan(disk).error("zero", errno.EOPNOTSUPP)
+    assert client.call(nbd.WRITE_ZEROES, 0, CLUSTER, flags=flags | nbd.FAST_ZERO).error == nbd.ENOTSUP
+    copied = snap.stats().cbw_bytes
+    for flags_ in (flags | nbd.FAST_ZERO, flags | nbd.FAST_ZERO | nbd.FUA):
+        refused(client, disk, nbd.ENOTSUP, nbd.WRITE_ZEROES, 0, SIZE, flags_)
+    assert snap.stats().cbw_bytes == copied <= CLUSTER
+    client.ok(nbd.WRITE_ZEROES, 0, SIZE, flags=flags)
+    assert client.read(0, SIZE) == bytes(SIZE)
+    assert_t0(snap, disk.t0)
+
+
+def test_fast_zero_whose_edges_fail_is_an_error_and_no_refusal(host, rig, disk, client):
+    """ENOTSUP says that nothing has changed."""
+    rig.plan(disk).error("flush", errno.EOPNOTSUPP)
+    assert client.call(nbd.WRITE_ZEROES, 0, CLUSTER, flags=nbd.FAST_ZERO | nbd.FUA).error == nbd.EIO
+
+
 @pytest.mark.parametrize("flags", [0, nbd.FUA])
 def test_trim_changes_nothing_but_what_it_names_and_not_the_snapshot(host, disk, snap, client, flags):
     client.ok(nbd.TRIM, CLUSTER + 1, 2 * CLUSTER, flags=flags)

@@ -1255,6 +1255,19 @@ def test_idle_seconds(host):
     until(lambda: server.idle_seconds > first, "time goes on")
 
 
+def test_it_is_idle_since_it_let_clients_in(place):
+    """Not since it was made: a disk that is opened slowly must not use up the time that clients have to come."""
+    with NbdServer(socket=place / "socket", start_serving=False) as server:
+        until(lambda: server.idle_seconds > 0.5, "time goes on")
+        server.start_serving()
+        began = server.idle_seconds
+        assert began < 0.5
+        until(lambda: server.idle_seconds > began + 0.01, "time goes on")
+        again = server.idle_seconds
+        server.start_serving()
+        assert server.idle_seconds >= again
+
+
 # ---- one connection in this thread ----
 
 

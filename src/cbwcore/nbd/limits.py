@@ -18,7 +18,7 @@ RANGES = {
     "options": (1, 65536),
     "option_bytes": (64, 1 << 24),
     "string_bytes": (1, NBD_MAX_STRING),
-    "queries": (1, 65536),
+    "queries": (1, 64),  # each may select a context, and a connection of the core has no more
     "extents": (1, 1 << 20),
     "bytes_in_flight": (4096, 1 << 62),
 }

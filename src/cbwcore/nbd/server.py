@@ -153,7 +153,7 @@ class NbdServer:
 
     @property
     def idle_seconds(self) -> float:
-        """Since the last connection ended, or since the start; 0 while there is one. ValueError after close."""
+        """Since the last connection ended, or since `start_serving`; 0 while there is one. ValueError after close."""
         self._check_open()
         return self._service.idle_seconds
 

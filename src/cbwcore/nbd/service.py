@@ -191,6 +191,7 @@ class Service:
         self.lock = threading.RLock()  # again by the same thread: where the garbage collector closes a server
         self.core = NbdCore(
             bytes_in_flight=limits.bytes_in_flight,
+            connections=limits.connections,
             max_request=limits.request,
             max_drain=limits.drain,
             max_extents=limits.extents,
@@ -223,6 +224,9 @@ class Service:
 
     def start_accepting(self) -> None:
         """Let clients in; until then they wait in the backlog."""
+        if not self._accepting:
+            with self.lock:
+                self._idle_since = time.monotonic()  # opening a disk may have taken long, and no client could come
         self._accepting = True
         self._wake_up()
 
