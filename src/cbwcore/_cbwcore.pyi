@@ -1,9 +1,12 @@
 from collections.abc import Iterable
 from typing import Any, Self, SupportsIndex
 
+from numpy.typing import NDArray
 from typing_extensions import Buffer, disjoint_base
 
 from cbwcore.errors import CopyBeforeWriteError
+
+_Array = Buffer | NDArray[Any]  # NumPy's stubs tell of the buffer from Python 3.12 on
 
 OPERATIONS: tuple[str, ...]
 POLICIES: tuple[str, ...]
@@ -18,7 +21,7 @@ def copy_buffers() -> tuple[int, int, int, int]: ...
 def set_polling_threads(count: SupportsIndex) -> None: ...
 def polling_threads() -> int: ...
 def arm_snapshots(snaps: list[Any]) -> None: ...
-def read_words(words: Buffer) -> tuple[int, int]: ...
+def read_words(words: _Array) -> tuple[int, int]: ...
 
 @disjoint_base
 class BitmapCore:
@@ -173,13 +176,13 @@ class FaultPlan:
 class Load:
     def __new__(
         cls,
-        offsets: Buffer,
+        offsets: _Array,
         data: Buffer | None = None,
         *,
         length: SupportsIndex = 0,
         threads: SupportsIndex = 1,
         sliced: bool = False,
-        latencies: Buffer | None = None,
+        latencies: _Array | None = None,
     ) -> Self: ...
     def on_disk(self, disk: DiskCore) -> int: ...
     def on_files(self, fd: int, targets: Iterable[int] = (), *, cluster: SupportsIndex = 65536) -> int: ...

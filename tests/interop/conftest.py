@@ -9,6 +9,7 @@ import cbwcore
 from cbwcore.nbd import NbdServer
 
 NO_TARGET = object()
+ENGINE = os.environ.get("CBWCORE_TEST_IO")  # as in tests/conftest.py
 
 
 @pytest.fixture
@@ -45,6 +46,7 @@ def serve(place):
         socket = socket or place / f"s{next(count)}"
         command = [*interop_support.COMMAND, image, "--socket", socket]
         command += [] if target is None else ["--target", target]
+        command += [] if ENGINE is None else ["--io", ENGINE]
         server = interop_support.Server([*command, *options], socket, place)
         servers.append(server)
         server.wait_ready()

@@ -52,9 +52,7 @@ def whole_map(setting: Setting, what: str) -> Iterator[Row]:
     bitmap = bitmap_of(bits) if what == NEVER_WRITTEN else written_map(bits)
     words, raw = bitmap.numpy().view(np.uint64), bitmap.bitarray()
     edge = bitarray.bitarray("01", "little")
-    ours: Callable[[], object]
-    peer: Callable[[], object]
-    peer_name, ours, peer = {
+    kinds: dict[str, tuple[str, Callable[[], object], Callable[[], object]]] = {
         "scan for dirty runs": (
             "bitarray.search",
             lambda: consume(bitmap.ranges()),
@@ -62,7 +60,8 @@ def whole_map(setting: Setting, what: str) -> Iterator[Row]:
         ),
         NEVER_WRITTEN: ("np.any", lambda: consume(bitmap.ranges()), words.any),
         "count": ("bitarray.count", bitmap.count, raw.count),
-    }[what]
+    }
+    peer_name, ours, peer = kinds[what]
     cases = {
         "floor": plainly(lambda: nanoseconds(read_words(words)[0])),
         "peer": plainly(peer),

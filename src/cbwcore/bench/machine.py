@@ -13,7 +13,7 @@ import msgspec
 import cbwcore
 from cbwcore import _cbwcore
 from cbwcore.bench.setting import BenchError, missing, program
-from cbwcore.disk import ENGINES, choose_engine
+from cbwcore.engines import ENGINES, choose_engine
 from cbwcore.errors import ConfigError
 
 __all__ = ["NOT_INSTALLED", "Machine", "look"]
@@ -68,8 +68,8 @@ def field(path: str, name: str) -> str:
 def versions() -> dict[str, str]:
     """Of cbwcore, of what it stands on, and of the peers."""
     found = {"cbwcore": cbwcore.__version__, "Python": platform.python_version()}
-    uring = getattr(_cbwcore, "LIBURING", None)
-    found["liburing"] = str(uring) if uring else "not in this build"
+    built = _cbwcore.io_uring_state()[0]
+    found["liburing"] = (_cbwcore.LIBURING or "version unknown") if built else "not in this build"
     found |= {name: importlib.metadata.version(name) for name in ("numpy", "bitarray")}
     for name, pattern in VERSIONS.items():
         found[name] = NOT_INSTALLED if missing(name) else version(name, pattern)

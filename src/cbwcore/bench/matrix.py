@@ -9,7 +9,7 @@ from cbwcore.bench.loads import engine, every, floor, load, qemu_modes
 from cbwcore.bench.places import Site, ext4, loop_site
 from cbwcore.bench.results import Row, compared
 from cbwcore.bench.setting import CLUSTER, Item, Section, Setting
-from cbwcore.disk import choose_engine
+from cbwcore.engines import choose_engine
 from cbwcore.errors import ConfigError
 
 __all__ = ["MATRIX"]

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from cbwcore.bench.loads import (
     BUFFERED_MODES,
@@ -45,7 +46,7 @@ def in_memory(setting: Setting) -> Site:
 # ---- the first write into each cluster ----
 
 
-def first(setting: Setting, cluster: int, depth: int, bounds: dict[str, float]) -> Iterator[Row]:
+def first(setting: Setting, cluster: int, depth: int, bounds: dict[str, Any]) -> Iterator[Row]:
     """4 KiB into each of as many clusters as the disk has at 64 KiB."""
     site, count = in_memory(setting), setting.size // CLUSTER
     writes = load(every(cluster, setting.size, count), setting.data, depth)
@@ -58,9 +59,8 @@ def first(setting: Setting, cluster: int, depth: int, bounds: dict[str, float]) 
         ops=count,
     )
     at = " (peer: at its 64 KiB)" if cluster != CLUSTER else ""
-    yield compared(
-        f"{cluster >> 10} KiB clusters, depth {depth}{at}", seconds, peers=BUFFERED_MODES, no_peer=NO_QEMU, **bounds
-    )  # type: ignore[arg-type]
+    case = f"{cluster >> 10} KiB clusters, depth {depth}{at}"
+    yield compared(case, seconds, peers=BUFFERED_MODES, no_peer=NO_QEMU, **bounds)
 
 
 def first_from_python(setting: Setting, threads: int) -> Iterator[Row]:
