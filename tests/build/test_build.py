@@ -1,5 +1,6 @@
 """The build itself: an edit of a part rebuilds the core, and off Linux it fails with a clear word."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -33,10 +34,31 @@ def test_an_edit_of_any_part_transpiles_the_core_again(tree):
     assert configure(tree).returncode == 0
     assert "Transpiling" in cmake(tree, "--build", "build", "--target", "_cbwcore.c").stdout
     assert "no work to do" in cmake(tree, "--build", "build", "--target", "_cbwcore.c").stdout
-    for part in sorted((tree / "src" / "cbwcore").glob("*.px[di]")):
-        part.write_text(part.read_text() + "\n")
-        again = cmake(tree, "--build", "build", "--target", "_cbwcore.c")
+    parts = sorted((tree / "src" / "cbwcore").glob("*.px[di]"))
+    assert len(parts) > 20
+    for part in parts:
+        before = part.stat()
+        os.utime(part)
+        again = cmake(tree, "--build", "build", "--target", "_cbwcore.c", "--", "-n")
         assert "Transpiling" in again.stdout, (part.name, again.stdout)
+        os.utime(part, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "no work to do" in cmake(tree, "--build", "build", "--target", "_cbwcore.c", "--", "-n").stdout
+
+
+@pytest.mark.parametrize("wanted", ["off", "auto", "on"])
+def test_without_liburing_the_build_says_so_and_has_psync_alone(tree, wanted):
+    """Of a machine that has it, too: it is looked for where it is not."""
+    hidden = ["-DLIBURING_LIBRARY=LIBURING_LIBRARY-NOTFOUND", "-DCMAKE_DISABLE_FIND_PACKAGE_PkgConfig=ON"]
+    nowhere = [f"-DCMAKE_FIND_ROOT_PATH={tree / 'nothing'}", "-DCMAKE_FIND_ROOT_PATH_MODE_LIBRARY=ONLY"]
+    configured = configure(tree, f"-DCBWCORE_IO_URING={wanted}", *hidden, *nowhere)
+    told = " ".join(configured.stderr.split())
+    if wanted == "on":
+        assert configured.returncode != 0
+        assert "io_uring was asked for, and liburing was not found" in told
+        return
+    assert configured.returncode == 0, told
+    assert ("liburing was not found" in told) == (wanted == "auto")
+    assert "CBW_LIBURING" not in (tree / "build" / "build.ninja").read_text()
 
 
 def test_off_linux_the_build_says_what_it_needs(tree):

@@ -212,3 +212,38 @@ def test_a_request_of_many_pieces_is_whole(tmp_path, direct):
         assert disk.pread(len(new), 4096) == new
         assert snap.pread(len(t0), 0) == t0
     assert path.read_bytes() == t0[:4096] + new + t0[4096 + len(new) :]
+
+
+CUT_SHORT = """
+import errno, os, resource, sys
+import cbwcore
+
+path, io, MIB = sys.argv[1], sys.argv[2], 1 << 20
+with open(path, "wb") as f:
+    f.write(bytes(4 * MIB))
+limit = 2 * MIB + 100_000
+disk = cbwcore.Disk(path, io=io)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+try:
+    disk.pwrite(b"n" * (3 * MIB), MIB // 2)
+except OSError as e:
+    print(errno.errorcode[e.errno])
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+disk.pwrite(b"z" * (3 * MIB), MIB)
+assert disk.pread(3 * MIB, MIB) == b"z" * (3 * MIB)
+assert disk.pread(MIB, 0) == bytes(MIB // 2) + b"n" * (MIB // 2)
+disk.close()
+"""
+
+
+@pytest.mark.parametrize("io", ["psync", pytest.param("io_uring", marks=ring)])
+def test_a_write_that_the_system_cuts_short_fails_with_its_error(tmp_path, io):
+    """RLIMIT_FSIZE ends it in the middle of a piece, and the pieces after it fail: the same for every engine (R12)."""
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_SHORT, str(tmp_path / "disk"), io],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "EFBIG\n"), done.stderr
