@@ -35,8 +35,8 @@ from cbwcore._nbd_helpers cimport (
 from cbwcore._nbd_room cimport OWN_BYTES, room, room_put, room_stir, room_take_large, room_take_small, share
 from cbwcore._nbd_status cimport EXTENT_BYTES, context, list_extents
 from cbwcore._nbd_wire cimport (
-    PENDING, get16, get32, get64, patience, patience_new, put16, put32, put64, shut_receiving, wire, wire_destroy, wire_init,
-    wire_recv, wire_recv_idle, wire_send,
+    PENDING, get16, get32, get64, patience, patience_new, put16, put32, put64, shut_receiving, wire, wire_destroy,
+    wire_gather, wire_init, wire_recv, wire_recv_idle, wire_send,
 )
 
 cdef enum:                      # of the protocol
@@ -136,6 +136,7 @@ cdef struct nbd_conn:
     patience slow_peer          # of the request that is being received
     char *batch
     uint64_t nbatch
+    uint64_t served             # requests since it last received
     int64_t wary_until          # monotonic ns
     # Under lock.
     pthread_mutex_t lock
@@ -305,6 +306,9 @@ cdef inline int receive(nbd_conn *c, uint64_t need, bint begun, bint owner, int 
             end[0] = end_of(c, rc)
             return ENDED
         have += <uint64_t>rc
+        if c.served > 1 and have < IN_BYTES // 2:
+            have += wire_gather(&c.w, c.in_buf + have, IN_BYTES - have)
+        c.served = 0
         c.in_end = have
     return GOT
 
@@ -633,6 +637,7 @@ cdef inline int read_on(nbd_conn *c, nbd_request *r, bint owner, int *end) noexc
         got = next_request(c, r, owner, &refused, end)
         if got != GOT:
             break
+        c.served += 1
         if refused < 0 or is_empty(r):
             batch_result(c, r, refused, False)
         elif not serve_at_once(c, r):

@@ -14,6 +14,7 @@ from cbwcore._sys cimport (
     pthread_mutex_unlock, store_release,
 )
 from cbwcore._geometry cimport least
+from cbwcore._spin cimport spin, spin_begin, spin_end, spin_init, spin_on, spin_turn
 
 cdef extern from * nogil:
     """
@@ -57,6 +58,11 @@ cdef extern from * nogil:
         struct timespec t = { ns / 1000000000, ns % 1000000000 };
         ppoll(&p, 1, &t, NULL);
     }
+    /* Whether there is something to read, or to be told of. Takes no lock that the peer's sending needs. */
+    static inline int socket_ready(int fd) {
+        struct pollfd p = { .fd = fd, .events = POLLIN };
+        return poll(&p, 1, 0) != 0;
+    }
     static inline void shut_receiving(int fd) { shutdown(fd, SHUT_RD); }
     static inline void shut_all(int fd) { shutdown(fd, SHUT_RDWR); }
     """
@@ -73,11 +79,15 @@ cdef extern from * nogil:
     int64_t send_once(int fd, cbw_piece *p, int count)
     int64_t recv_once(int fd, void *buf, uint64_t n, bint wait)
     void socket_wait(int fd, bint to_send, int64_t ns)
+    bint socket_ready(int fd)
     void shut_receiving(int fd)
     void shut_all(int fd)
 
 cdef enum:
     PENDING = 16384             # bytes of small replies that may wait for the sender
+    GATHER_NS = 40_000          # the longest that requests which have come wait for those that are coming
+    STEP_NS = 10_000            # and for the next of them
+    ENOUGH = 1 << 14            # bytes not worth waiting any longer
     STEADY = 1 << 20            # bytes: who moves fewer within the stall limit, and is not done, has stalled
     HURRY = 10                  # with others starving: within this part of the limit,
     HURRY_ALL = 2               # and all of the transfer within this one
@@ -98,6 +108,8 @@ cdef struct wire:
     uint64_t lost               # set once, to a positive errno
     const uint64_t *starving    # whether others wait for memory that this connection holds, if it does; of _nbd_room.pxd
     const uint64_t *in_common
+    spin next                   # the reader's waits for a request,
+    spin rest                   # and for the rest of one
     pthread_mutex_t lock        # guards all below; not held while sending
     pthread_cond_t sent
     bint sending
@@ -116,6 +128,8 @@ cdef inline int wire_init(wire *w, int64_t stall_ns, char *buffers, const uint64
     w.lost = 0
     w.stop_by = 0
     w.sending = False
+    spin_init(&w.next)
+    spin_init(&w.rest)
     w.waiting = w.npending = 0
     w.pending = buffers
     w.outgoing = buffers + PENDING
@@ -147,6 +161,18 @@ cdef inline bint keeps_waiting(const wire *w, const patience *p, int64_t now) no
     return now - p.since >= w.stall_ns // HURRY or now - p.begun >= w.stall_ns // HURRY_ALL
 
 
+cdef inline void poll_briefly(const wire *w, spin *place) noexcept nogil:
+    """Until the socket has something, or it does not pay to look any longer."""
+    cdef spin_turn turn
+    cdef bint found
+    if not spin_begin(place, &turn):
+        return
+    found = socket_ready(w.fd)
+    while not found and spin_on(&turn):
+        found = socket_ready(w.fd)
+    spin_end(place, found)
+
+
 cdef inline int endure(wire *w, patience *p, bint to_send) noexcept nogil:
     """Wait for the socket in the middle of a transfer; -ETIMEDOUT once it has stalled."""
     cdef int64_t now = monotonic_ns(), stop_by = <int64_t>load_acquire(&w.stop_by)
@@ -160,6 +186,8 @@ cdef inline int endure(wire *w, patience *p, bint to_send) noexcept nogil:
         p.deadline = stop_by
     if now >= p.deadline or keeps_waiting(w, p, now):
         return -ETIMEDOUT
+    if not to_send:
+        poll_briefly(w, &w.rest)
     socket_wait(w.fd, to_send, <int64_t>least(<uint64_t>(p.deadline - now), <uint64_t>(w.stall_ns // LOOKS) + 1))
     return 0
 
@@ -189,12 +217,41 @@ cdef inline int64_t wire_recv(wire *w, char *buf, uint64_t n, patience *p) noexc
 
 cdef inline int64_t wire_recv_idle(wire *w, char *buf, uint64_t n, bint wait) noexcept nogil:
     """The beginning of a request, however long it takes (`wait`), else -EAGAIN. 0 where the peer has gone; -errno."""
-    cdef int64_t rc = recv_once(w.fd, buf, n, wait)
+    cdef int64_t rc
+    if wait:
+        poll_briefly(w, &w.next)
+    rc = recv_once(w.fd, buf, n, wait)
     while rc == -EINTR or (wait and rc == -EAGAIN):
         if rc == -EAGAIN:
             socket_wait(w.fd, False, w.stall_ns)    # a socket that its owner has made non-blocking
         rc = recv_once(w.fd, buf, n, wait)
     return rc
+
+
+cdef inline bint keep_off(spin_turn *t, int64_t ns) noexcept nogil:
+    """Look at nothing for so long; False where polling has to end."""
+    cdef int64_t until = t.last + ns
+    while t.last < until:
+        if not spin_on(t):
+            return False
+    return True
+
+
+cdef inline uint64_t wire_gather(wire *w, char *buf, uint64_t n) noexcept nogil:
+    """From a client that sends several requests at once, and while it keeps on: what comes after the first of them. To
+    receive many in a few calls costs both sides less, in locks and wake-ups, than the first one loses by it."""
+    cdef spin_turn turn
+    cdef uint64_t got = 0
+    cdef int64_t rc = 1, end
+    if not spin_begin(&w.next, &turn):
+        return 0
+    end = turn.last + GATHER_NS
+    while rc > 0 and got < ENOUGH and got < n and turn.last < end and keep_off(&turn, STEP_NS):
+        rc = recv_once(w.fd, buf + got, n - got, False)
+        if rc > 0:
+            got += <uint64_t>rc
+    spin_end(&w.next, True)
+    return got
 
 
 # ---- sending: by anybody ----
