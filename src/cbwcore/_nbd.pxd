@@ -306,7 +306,7 @@ cdef inline int receive(nbd_conn *c, uint64_t need, bint begun, bint owner, int 
             end[0] = end_of(c, rc)
             return ENDED
         have += <uint64_t>rc
-        if c.served > 1 and have < IN_BYTES // 2:
+        if c.served > 2 and have < IN_BYTES // 2:
             have += wire_gather(&c.w, c.in_buf + have, IN_BYTES - have)
         c.served = 0
         c.in_end = have

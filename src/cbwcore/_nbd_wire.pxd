@@ -108,7 +108,8 @@ cdef struct wire:
     uint64_t lost               # set once, to a positive errno
     const uint64_t *starving    # whether others wait for memory that this connection holds, if it does; of _nbd_room.pxd
     const uint64_t *in_common
-    spin next                   # the reader's waits for a request,
+    spin first                  # the reader's: where it waits for a request,
+    spin more                   # for further ones,
     spin rest                   # and for the rest of one
     pthread_mutex_t lock        # guards all below; not held while sending
     pthread_cond_t sent
@@ -128,7 +129,8 @@ cdef inline int wire_init(wire *w, int64_t stall_ns, char *buffers, const uint64
     w.lost = 0
     w.stop_by = 0
     w.sending = False
-    spin_init(&w.next)
+    spin_init(&w.first)
+    spin_init(&w.more)
     spin_init(&w.rest)
     w.waiting = w.npending = 0
     w.pending = buffers
@@ -161,16 +163,17 @@ cdef inline bint keeps_waiting(const wire *w, const patience *p, int64_t now) no
     return now - p.since >= w.stall_ns // HURRY or now - p.begun >= w.stall_ns // HURRY_ALL
 
 
-cdef inline void poll_briefly(const wire *w, spin *place) noexcept nogil:
-    """Until the socket has something, or it does not pay to look any longer."""
+cdef inline bint poll_briefly(const wire *w, spin *place) noexcept nogil:
+    """Whether the socket has something before it does not pay to look any longer."""
     cdef spin_turn turn
     cdef bint found
     if not spin_begin(place, &turn):
-        return
+        return False
     found = socket_ready(w.fd)
     while not found and spin_on(&turn):
         found = socket_ready(w.fd)
     spin_end(place, found)
+    return found
 
 
 cdef inline int endure(wire *w, patience *p, bint to_send) noexcept nogil:
@@ -186,9 +189,8 @@ cdef inline int endure(wire *w, patience *p, bint to_send) noexcept nogil:
         p.deadline = stop_by
     if now >= p.deadline or keeps_waiting(w, p, now):
         return -ETIMEDOUT
-    if not to_send:
-        poll_briefly(w, &w.rest)
-    socket_wait(w.fd, to_send, <int64_t>least(<uint64_t>(p.deadline - now), <uint64_t>(w.stall_ns // LOOKS) + 1))
+    if to_send or not poll_briefly(w, &w.rest):
+        socket_wait(w.fd, to_send, <int64_t>least(<uint64_t>(p.deadline - now), <uint64_t>(w.stall_ns // LOOKS) + 1))
     return 0
 
 
@@ -219,7 +221,7 @@ cdef inline int64_t wire_recv_idle(wire *w, char *buf, uint64_t n, bint wait) no
     """The beginning of a request, however long it takes (`wait`), else -EAGAIN. 0 where the peer has gone; -errno."""
     cdef int64_t rc
     if wait:
-        poll_briefly(w, &w.next)
+        poll_briefly(w, &w.first)
     rc = recv_once(w.fd, buf, n, wait)
     while rc == -EINTR or (wait and rc == -EAGAIN):
         if rc == -EAGAIN:
@@ -243,14 +245,14 @@ cdef inline uint64_t wire_gather(wire *w, char *buf, uint64_t n) noexcept nogil:
     cdef spin_turn turn
     cdef uint64_t got = 0
     cdef int64_t rc = 1, end
-    if not spin_begin(&w.next, &turn):
+    if not spin_begin(&w.more, &turn):
         return 0
     end = turn.last + GATHER_NS
     while rc > 0 and got < ENOUGH and got < n and turn.last < end and keep_off(&turn, STEP_NS):
         rc = recv_once(w.fd, buf + got, n - got, False)
         if rc > 0:
             got += <uint64_t>rc
-    spin_end(&w.next, True)
+    spin_end(&w.more, got > 0)
     return got
 
 
