@@ -1,4 +1,4 @@
-/* The per-cluster protocol of src/cbwcore/_snapshot.pxd (DESIGN R1-R3, R6-R9): two writers, two readers, two clusters,
+/* The per-cluster protocol of src/cbwcore/_preserve.pxd and _snapshot.pxd (DESIGN R1-R3, R6-R9): two writers, two readers, two clusters,
  * copies that fail or outlive their timeout, both policies.
  *
  *   spin -a [-DPOLICY_S] [-DMUT=n] cbw.pml && gcc -O2 -DSAFETY -o pan pan.c && ./pan -m200000

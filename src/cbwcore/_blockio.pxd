@@ -70,6 +70,9 @@ cdef struct blk:
     uint64_t flushes_begun      # fdatasync calls; at most one is under way
     uint64_t flushes_done
     int flush_error             # sticky, a positive errno
+    uint64_t data_start         # [data_start, data_end) was last found to be data: looking for the end of data may walk
+    uint64_t data_end           # through all of it
+    uint64_t holes_made         # by requests through here, which then end that knowledge
 
 
 cdef inline int blk_init(blk *b) noexcept nogil:
@@ -397,6 +400,35 @@ cdef inline int write_zero_data(blk *b, bufpool *pool, uint64_t off, uint64_t en
     return rc
 
 
+cdef inline uint64_t known_data(blk *b, uint64_t off, uint64_t *made) noexcept nogil:
+    """How far data are known to go from `off` on; `off` itself: not at all. What is called data may meanwhile be a hole that
+    another program has made: that is no lie to anybody."""
+    cdef uint64_t end = off
+    pthread_mutex_lock(&b.lock)
+    made[0] = b.holes_made
+    if b.data_start <= off < b.data_end:
+        end = b.data_end
+    pthread_mutex_unlock(&b.lock)
+    return end
+
+
+cdef inline void note_data(blk *b, uint64_t start, uint64_t end, uint64_t made) noexcept nogil:
+    """`made`: as known_data() gave it before the look."""
+    pthread_mutex_lock(&b.lock)
+    if made == b.holes_made:
+        b.data_start = start
+        b.data_end = end
+    pthread_mutex_unlock(&b.lock)
+
+
+cdef inline void forget_data(blk *b) noexcept nogil:
+    """After holes may have been made."""
+    pthread_mutex_lock(&b.lock)
+    b.data_end = 0
+    b.holes_made += 1
+    pthread_mutex_unlock(&b.lock)
+
+
 cdef inline int zero_range(blk *b, uint64_t off, uint64_t end, bint may_unmap) noexcept nogil:
     """fallocate over an aligned range, listed like any write."""
     cdef request r
@@ -406,6 +438,7 @@ cdef inline int zero_range(blk *b, uint64_t off, uint64_t end, bint may_unmap) n
         range_lock(b, &r, off, end, False)
     while try_again(rc):
         rc = b.ops.zero(b, off, end - off, may_unmap)
+    forget_data(b)
     if listed:
         range_unlock(b, &r)
     return rc
@@ -462,6 +495,7 @@ cdef inline int blk_discard(blk *b, uint64_t off, uint64_t n) noexcept nogil:
         range_lock(b, &r, off, end, False)
     while try_again(rc):
         rc = b.ops.discard(b, off, end - off)
+    forget_data(b)
     if listed:
         range_unlock(b, &r)
     return -EOPNOTSUPP if rc == -ENOTTY or rc == -EINVAL else rc
@@ -508,8 +542,12 @@ cdef inline int blk_next_data(blk *b, uint64_t off, uint64_t end, uint64_t *data
 
 cdef inline int64_t blk_extent(blk *b, uint64_t off, uint64_t end, bint *hole) noexcept nogil:
     """End of the extent that begins at `off`, at most `end`; -errno."""
-    cdef uint64_t data
-    cdef int64_t pos = blk_next_data(b, off, end, &data)
+    cdef uint64_t made, data = known_data(b, off, &made)
+    cdef int64_t pos
+    hole[0] = False
+    if data > off:
+        return <int64_t>least(data, end)
+    pos = blk_next_data(b, off, end, &data)
     hole[0] = data > off
     if pos < 0 or hole[0]:
         return pos if pos < 0 else <int64_t>data
@@ -520,4 +558,5 @@ cdef inline int64_t blk_extent(blk *b, uint64_t off, uint64_t end, bint *hole) n
         return <int64_t>end
     if pos < 0 and pos != -ENXIO:
         return pos
+    note_data(b, off, <uint64_t>pos, made)
     return <int64_t>least(<uint64_t>pos, end)

@@ -28,10 +28,8 @@ from cbwcore._blockio cimport (
     blk_read, blk_read_cached, blk_track, blk_write, blk_write_zeroes, blk_zeroes_fast,
 )
 from cbwcore._copy cimport old_data_put
-from cbwcore._snapshot cimport (
-    ARMED, E_CLOSED, E_WAIT, cbw_pass, cbw_visit, failure, note_wait, snapshot, snapshot_needs, snapshot_preserve,
-    snapshot_put, snapshot_quiesce, snapshot_revoke,
-)
+from cbwcore._snapshot cimport ARMED, E_CLOSED, E_WAIT, failure, snapshot, snapshot_put, snapshot_quiesce, snapshot_revoke
+from cbwcore._preserve cimport cbw_pass, cbw_visit, note_wait, snapshot_needs, snapshot_preserve
 
 cdef enum:
     MAX_SNAPSHOTS = 64

@@ -104,12 +104,12 @@ cdef extern from * nogil:
     static inline int uring_take(struct io_uring *io, uint64_t *tag, int64_t *result) { return 0; }
     #endif
 
-    /* The thread's own ring; put away by a destructor when the thread ends. */
+    /* The thread's own ring; a destructor retires it when the thread ends. */
     static __thread void *cbw_own_ring;
     static pthread_key_t cbw_ring_key;
     static inline void *own_ring(void) { return cbw_own_ring; }
     static inline void set_own_ring(void *r) { cbw_own_ring = r; pthread_setspecific(cbw_ring_key, r); }
-    static inline int ring_key_create(void (*put_away)(void *)) { return -pthread_key_create(&cbw_ring_key, put_away); }
+    static inline int ring_key_create(void (*retire)(void *)) { return -pthread_key_create(&cbw_ring_key, retire); }
     struct cbw_rings { pthread_mutex_t lock; void *idle; uint64_t nidle, count, buffers, busy; };
     static struct cbw_rings cbw_all_rings;
     """
@@ -127,7 +127,7 @@ cdef extern from * nogil:
     bint uring_take(io_uring *io, uint64_t *tag, int64_t *result)
     void *own_ring()
     void set_own_ring(void *r)
-    int ring_key_create(void (*put_away)(void *) noexcept nogil)
+    int ring_key_create(void (*retire)(void *) noexcept nogil)
     struct ring_pool "cbw_rings":
         pthread_mutex_t lock    # guards all below
         void *idle              # linked by `next`
@@ -174,9 +174,8 @@ cdef inline void ring_free(ring *r) noexcept nogil:
     free(r)
 
 
-cdef inline void ring_put_away(void *p) noexcept nogil:
+cdef inline void ring_put_away(ring *r) noexcept nogil:
     """Into the pool; nothing is in flight."""
-    cdef ring *r = <ring *>p
     cdef bint keep
     pthread_mutex_lock(&rings.lock)
     keep = rings.nidle < IDLE_RINGS
@@ -190,6 +189,12 @@ cdef inline void ring_put_away(void *p) noexcept nogil:
     pthread_mutex_unlock(&rings.lock)
     if not keep:
         ring_free(r)
+
+
+cdef inline void ring_retire(void *r) noexcept nogil:
+    """When its thread ends."""
+    set_own_ring(NULL)
+    ring_put_away(<ring *>r)
 
 
 cdef inline ring *ring_from_pool() noexcept nogil:
@@ -245,7 +250,7 @@ cdef inline int rings_probe() noexcept nogil:
 cdef inline int rings_init() noexcept nogil:
     """Once, at import. 0 or -errno."""
     pthread_mutex_init(&rings.lock, NULL)
-    return ring_key_create(ring_put_away)
+    return ring_key_create(ring_retire)
 
 
 cdef inline void rings_forget() noexcept nogil:

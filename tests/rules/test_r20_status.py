@@ -100,18 +100,44 @@ def test_r20_an_extent_stays_true_after_it_was_given_out(rig):
     ]
 
 
-def test_r20_a_status_in_flight_holds_the_hole_that_a_write_would_make(rig):
-    disk = rig.disk(2 * CLUSTER)
+@pytest.mark.parametrize("change", ["discard", "pwrite_zeroes"])
+def test_r20_a_status_in_flight_does_not_tell_of_the_hole_that_a_write_makes(rig, change):
+    disk = rig.disk(4 * CLUSTER)
     snap = rig.snapshot(disk)
     plan = rig.plan(disk)
     plan.stall("seek", times=1)
-    asker = rig.run(lambda: list(snap.block_status(0, CLUSTER)))
+    asker = rig.run(lambda: list(snap.block_status()))
     stalled(plan)
-    guest = rig.run(disk.discard, 0, CLUSTER)
-    guest.reaches(lambda: snap.stats().frozen_waits >= 1, "the wait for the status")
+    getattr(disk, change)(0, 2 * CLUSTER)  # and nobody waits for the status
     plan.release()
-    assert asker.result() == [cbwcore.Extent(0, CLUSTER, True, False)]
-    guest.result()
+    assert {(e.data, e.zero) for e in asker.result()} == {(True, False)}
+    assert next(iter(disk.block_status())).zero, "the disk itself has the hole"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_r20_a_hole_that_was_data_is_found_again(rig, again):
+    """How far data go is remembered; a hole made since is told of, by the disk and by a later snapshot."""
+    disk = rig.disk(4 * CLUSTER)
+    assert [e.data for e in disk.block_status()] == [True]
+    disk.discard(CLUSTER, CLUSTER)
+    if again:
+        disk.pwrite(b"d" * CLUSTER, CLUSTER)
+        disk.pwrite_zeroes(CLUSTER, CLUSTER)
+    expected = [(0, CLUSTER, False), (CLUSTER, CLUSTER, True), (2 * CLUSTER, 2 * CLUSTER, False)]
+    assert [(e.offset, e.length, e.zero) for e in disk.block_status()] == expected
+    snap = rig.snapshot(disk)
+    assert [(e.offset, e.length, e.zero) for e in snap.block_status()] == expected
+
+
+def test_r20_the_end_of_data_is_asked_once(rig):
+    """On tmpfs each such question walks through all data, and holds up guest writes meanwhile."""
+    disk = rig.disk(64 * CLUSTER)
+    snap = rig.snapshot(disk)
+    for c in range(0, 64, 2):
+        disk.pwrite(b"n", c * CLUSTER)
+    plan = rig.plan(disk)
+    assert sum(e.length for e in snap.block_status()) == disk.size
+    assert len(plan.calls("seek")) <= 2
 
 
 def test_r20_what_cannot_be_read_is_neither_data_nor_zero(rig, assert_status):
