@@ -74,6 +74,7 @@ cdef enum:
     BATCHED_READ = 1 << 16      # longest read that goes into a batch
     MAX_RUNNING = 16            # requests of one connection that are run at once
     MAX_CONTEXTS = 64
+    FEW = 2                     # requests served from one receipt: of more, others are likely to be on their way
     SEND_BYTES = 1 << 14        # of answers in a batch that is not kept any longer: the client has enough to go on
     LONG_NS = 1_000_000         # a write that took longer, and longer than 1 ns for each byte, has waited
     WARY_NS = 20_000_000        # for how long its like are then presumed to wait
@@ -306,7 +307,7 @@ cdef inline int receive(nbd_conn *c, uint64_t need, bint begun, bint owner, int 
             end[0] = end_of(c, rc)
             return ENDED
         have += <uint64_t>rc
-        if c.served > 2 and have < IN_BYTES // 2:
+        if c.served > FEW and have < IN_BYTES // 2:
             have += wire_gather(&c.w, c.in_buf + have, IN_BYTES - have)
         c.served = 0
         c.in_end = have

@@ -3,6 +3,9 @@
 # Whoever has a reply becomes the sender if there is none; otherwise a small reply is left with the one who is sending,
 # so that replies which pile up behind a slow client, or a busy core, leave together in one system call.
 #
+# Before it blocks, the reader polls: for the first bytes of a request, for further requests of a client that sends many,
+# and for the rest of one.
+#
 # The peer is *lost* once it went away or stalled. From then on nothing is sent, and whoever receives sees the end.
 
 from libc.errno cimport EAGAIN, EINTR, EPIPE, ETIMEDOUT

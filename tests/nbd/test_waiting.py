@@ -75,7 +75,7 @@ def test_requests_are_served_whoever_may_poll(host, disk, snap, polling):
 
 @pytest.mark.parametrize("pause", [0, 0.3])
 def test_a_copy_that_hangs_after_many_that_did_not_holds_up_its_own_write_alone(host, rig, disk, snap, pause):
-    """They had been presumed brief. After a pause nobody is looking whether they are, and has to be called first."""
+    """Also where its client has been quiet for a while."""
     client = host.open()
     for number in range(20):
         client.ok(nbd.WRITE, number * CLUSTER, 0, b"n" * 512)
@@ -124,7 +124,7 @@ def test_copies_that_hang_cost_no_cpu(host, rig, disk, snap, count):
 
 @pytest.mark.parametrize("how", ["stop", "disconnect"])
 def test_the_end_comes_while_a_copy_hangs(host, rig, disk, snap, how):
-    """That was presumed to be brief: the end waits for it, and for nothing else."""
+    """Its write is still answered."""
     plan = rig.plan(snap)
     plan.stall("pwrite")
     client = host.open()
