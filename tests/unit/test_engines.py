@@ -56,11 +56,11 @@ def test_io_uring_is_refused_where_there_is_none(kernel, tmp_path, capsys, state
     assert text in told[0]
 
 
-def test_auto_tells_the_log_why_a_direct_disk_has_psync(kernel, tmp_path, caplog):
+def test_auto_tells_the_log_why_a_direct_disk_has_psync(kernel, monkeypatch, tmp_path, caplog):
     kernel(True, errno.EPERM)
+    monkeypatch.setattr("cbwcore.disk.choose_engine", engines.choose_engine)  # whatever CBWCORE_TEST_IO says
     path = tmp_path / "disk"
     path.write_bytes(bytes(MIB))
-    caplog.set_level(logging.INFO, "cbwcore.engines")
     caplog.set_level(logging.INFO, "cbwcore.disk")
     try:
         disk = cbwcore.Disk(path, direct=True)
