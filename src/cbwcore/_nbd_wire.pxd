@@ -4,7 +4,8 @@
 # so that replies which pile up behind a slow client, or a busy core, leave together in one system call.
 #
 # Before it blocks, the reader polls: for the first bytes of a request, for further requests of a client that sends many,
-# and for the rest of one.
+# and for the rest of one. But not where connections are as busy as there are CPUs to poll on: there it would take the time
+# of others, and every poll would find something just because it did.
 #
 # The peer is *lost* once it went away or stalled. From then on nothing is sent, and whoever receives sees the end.
 
@@ -12,12 +13,12 @@ from libc.errno cimport EAGAIN, EINTR, EPIPE, ETIMEDOUT
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from cbwcore._sys cimport (
-    cond_init, load_acquire, monotonic_ns, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
+    cond_init, load_acquire, load_relaxed, monotonic_ns, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
     pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, store_release,
 )
 from cbwcore._geometry cimport least
-from cbwcore._spin cimport spin, spin_begin, spin_end, spin_init, spin_on, spin_turn
+from cbwcore._spin cimport spin, spin_begin, spin_end, spin_init, spin_on, spin_places, spin_turn
 
 cdef extern from * nogil:
     """
@@ -66,6 +67,18 @@ cdef extern from * nogil:
         struct pollfd p = { .fd = fd, .events = POLLIN };
         return poll(&p, 1, 0) != 0;
     }
+    /* Connections of the process that received requests in a period: its number, and in the low 16 bits how many. */
+    static uint64_t cbw_busy[4];
+    static inline uint64_t busy_in(uint64_t period) {
+        uint64_t seen = load_relaxed(&cbw_busy[period & 3]);
+        return seen >> 16 == period ? seen & 0xffff : 0;
+    }
+    static inline void count_busy(uint64_t period) {
+        uint64_t *place = &cbw_busy[period & 3], seen = load_relaxed(place), next;
+        do
+            next = (period << 16) + (seen >> 16 == period ? (seen & 0xffff) + 1 : 1);
+        while (!__atomic_compare_exchange_n(place, &seen, next, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    }
     static inline void shut_receiving(int fd) { shutdown(fd, SHUT_RD); }
     static inline void shut_all(int fd) { shutdown(fd, SHUT_RDWR); }
     """
@@ -83,6 +96,8 @@ cdef extern from * nogil:
     int64_t recv_once(int fd, void *buf, uint64_t n, bint wait)
     void socket_wait(int fd, bint to_send, int64_t ns)
     bint socket_ready(int fd)
+    uint64_t busy_in(uint64_t period)
+    void count_busy(uint64_t period)
     void shut_receiving(int fd)
     void shut_all(int fd)
 
@@ -91,6 +106,7 @@ cdef enum:
     GATHER_NS = 40_000          # the longest that requests which have come wait for those that are coming
     STEP_NS = 10_000            # and for the next of them
     ENOUGH = 1 << 14            # bytes not worth waiting any longer
+    PERIOD_SHIFT = 22           # about 4 ms: who received something in it is busy
     STEADY = 1 << 20            # bytes: who moves fewer within the stall limit, and is not done, has stalled
     HURRY = 10                  # with others starving: within this part of the limit,
     HURRY_ALL = 2               # and all of the transfer within this one
@@ -111,6 +127,8 @@ cdef struct wire:
     uint64_t lost               # set once, to a positive errno
     const uint64_t *starving    # whether others wait for memory that this connection holds, if it does; of _nbd_room.pxd
     const uint64_t *in_common
+    uint64_t period             # the reader's: of its last receipt,
+    uint64_t others             # and other connections that received something in the one before
     spin first                  # the reader's: where it waits for a request,
     spin more                   # for further ones,
     spin rest                   # and for the rest of one
@@ -132,6 +150,7 @@ cdef inline int wire_init(wire *w, int64_t stall_ns, char *buffers, const uint64
     w.lost = 0
     w.stop_by = 0
     w.sending = False
+    w.period = w.others = 0
     spin_init(&w.first)
     spin_init(&w.more)
     spin_init(&w.rest)
@@ -166,11 +185,27 @@ cdef inline bint keeps_waiting(const wire *w, const patience *p, int64_t now) no
     return now - p.since >= w.stall_ns // HURRY or now - p.begun >= w.stall_ns // HURRY_ALL
 
 
+cdef inline bint may_poll(const wire *w) noexcept nogil:
+    """Whether few enough other connections are busy."""
+    return w.others < load_relaxed(&spin_places)
+
+
+cdef inline void note_receipt(wire *w) noexcept nogil:
+    cdef uint64_t period = <uint64_t>monotonic_ns() >> PERIOD_SHIFT
+    if period == w.period:
+        return
+    w.others = busy_in(period - 1)
+    if w.others and w.period == period - 1:
+        w.others -= 1
+    w.period = period
+    count_busy(period)
+
+
 cdef inline bint poll_briefly(const wire *w, spin *place) noexcept nogil:
     """Whether the socket has something before it does not pay to look any longer."""
     cdef spin_turn turn
     cdef bint found
-    if not spin_begin(place, &turn):
+    if not may_poll(w) or not spin_begin(place, &turn):
         return False
     found = socket_ready(w.fd)
     while not found and spin_on(&turn):
@@ -230,6 +265,8 @@ cdef inline int64_t wire_recv_idle(wire *w, char *buf, uint64_t n, bint wait) no
         if rc == -EAGAIN:
             socket_wait(w.fd, False, w.stall_ns)    # a socket that its owner has made non-blocking
         rc = recv_once(w.fd, buf, n, wait)
+    if rc > 0:
+        note_receipt(w)
     return rc
 
 
@@ -248,7 +285,7 @@ cdef inline uint64_t wire_gather(wire *w, char *buf, uint64_t n) noexcept nogil:
     cdef spin_turn turn
     cdef uint64_t got = 0
     cdef int64_t rc = 1, end
-    if not spin_begin(&w.more, &turn):
+    if not may_poll(w) or not spin_begin(&w.more, &turn):
         return 0
     end = turn.last + GATHER_NS
     while rc > 0 and got < ENOUGH and got < n and turn.last < end and keep_off(&turn, STEP_NS):
