@@ -72,7 +72,7 @@ cdef enum:
     BATCH_BYTES = 1 << 17       # answers collected before they are sent
     CONN_BYTES = IN_BYTES + BATCH_BYTES + 2 * PENDING + OWN_BYTES     # touched only as far as they are used
     BATCHED_READ = 1 << 16      # longest read that goes into a batch
-    MAX_RUNNING = 16            # requests of one connection that are run at once
+    MAX_RUNNING = 16            # requests of one connection that are run at once; as MAX_VISITORS
     MAX_CONTEXTS = 64
     FEW = 2                     # requests served from one receipt: of more, others are likely to be on their way
     SEND_BYTES = 1 << 14        # of answers in a batch that is not kept any longer: the client has enough to go on

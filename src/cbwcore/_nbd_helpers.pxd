@@ -60,6 +60,7 @@ cdef extern from * nogil:
 cdef enum:
     MAX_HELPERS = 256
     FREE_FOR_ALL = 128          # with so many at work no seat gets a second one
+    MAX_VISITORS = 16           # of a seat: more would find nothing that they may run
     MAX_SEATS = 4096
     NO_SEAT = -1
 
@@ -167,6 +168,12 @@ cdef inline void visit_seat(helpers *h, int i) noexcept nogil:
         h.seats[i].missed = False
 
 
+cdef inline uint64_t visitors_allowed(const helpers *h) noexcept nogil:
+    """Under lock: how many helpers may be with a taker at once. One that has run its request is with it until it has
+    this lock again: without a limit each such moment on a busy machine would cost a thread more, for good."""
+    return MAX_VISITORS if h.count - h.idle <= FREE_FOR_ALL else 1
+
+
 cdef inline void *helper_main(void *arg) noexcept nogil:
     cdef helpers *h = <helpers *>arg
     cdef int i
@@ -176,7 +183,7 @@ cdef inline void *helper_main(void *arg) noexcept nogil:
         i = await_seat(h)
         if i == NO_SEAT:
             continue
-        if h.seats[i].visitors and h.count - h.idle > FREE_FOR_ALL:
+        if h.seats[i].visitors >= visitors_allowed(h):
             h.seats[i].missed = True
             continue
         h.seats[i].visitors += 1
