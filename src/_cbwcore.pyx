@@ -7,7 +7,7 @@ Each class here owns one C structure and is completed by the Python class of the
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EACCES, EIO
+from libc.errno cimport E2BIG, EACCES, EIO
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
@@ -15,13 +15,13 @@ from posix.stdlib cimport posix_memalign
 from posix.unistd cimport close
 
 from cbwcore._sys cimport (
-    CBW_SLOTS, add_seq_cst, count_cpus, exchange_seq_cst, has_holes, is_on_tmpfs, knows_size, load_relaxed, monotonic_ns,
+    CBW_SLOTS, add_seq_cst, count_cpus, exchange_seq_cst, has_holes, is_on_tmpfs, is_zero, knows_size, load_relaxed, monotonic_ns,
     pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, store_release,
 )
 from cbwcore._sys cimport dio_alignment as c_dio_alignment
 from cbwcore._geometry cimport least, most, outer_end
-from cbwcore._bitmap cimport bitmap, bitmap_count, bitmap_free, bitmap_init, bitmap_next, bitmap_put, bitmap_reset, \
-    bitmap_test
+from cbwcore._bitmap cimport bitmap, bitmap_count, bitmap_free, bitmap_init, bitmap_map_file, bitmap_next, bitmap_put, \
+    bitmap_reset, bitmap_test
 from cbwcore._buffers cimport LARGEST, bufpool, bufpool_init, bufpool_reserve, bufpool_set_limit, class_bytes
 from cbwcore._blockio cimport (
     blk, blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pread_cached, psync_pwrite, psync_seek, psync_zero,
@@ -40,7 +40,7 @@ from cbwcore._snapshot cimport (
 )
 from cbwcore._engine cimport (
     GUEST_DISCARD, GUEST_WRITE, GUEST_WRITE_ZEROES, MAX_SINKS, add_sink, arm, drop_sink, disarm, disk, disk_close,
-    disk_init, disk_put, gate_open, gate_shut, guest_flush, guest_read, guest_status, guest_write,
+    disk_init, disk_put, gate_open, gate_shut, guest_flush, guest_read, guest_status, guest_write, switch,
 )
 from cbwcore._engine cimport MAX_SNAPSHOTS as C_MAX_SNAPSHOTS
 from cbwcore._nbd_helpers cimport MAX_SEATS, helpers_destroy, helpers_init, helpers_stop, new_eventfd
@@ -269,6 +269,18 @@ cdef class BitmapCore:
                 gate_open(recorded_by.d)
         if rc < 0:
             raise MemoryError("the bitmap could not be cleared")
+
+    @property
+    def _mapped(self):
+        """Bytes that the bits take in memory, or in a file: whole pages."""
+        return self.map.mapped
+
+    def _map_file(self, int fd, uint64_t offset):
+        """From here on the bits are those of the file at ``offset``, whole pages, which must have their blocks; so they outlive
+        the process. Only of a bitmap that nobody uses yet. Raises OSError."""
+        cdef int rc = bitmap_map_file(&self.map, fd, offset)
+        if rc < 0:
+            raise os_error(rc, None)
 
     @property
     def enabled(self):
@@ -831,6 +843,10 @@ cdef class SnapshotCore:
             "arm_pause": now.arm_pause_ns / 1e9,
         }
 
+    def _copies_in_flight(self):
+        """Guest writes' copies under way at this moment; 0 after close."""
+        return self.s.copies.count if self.s != NULL else 0
+
     def _map(self, str name):
         """For tests: a map as a list of bools, one per cluster."""
         cdef snapshot *s = self.open()
@@ -859,17 +875,21 @@ cdef class SnapshotCore:
         self.faults = plan
 
 
-def arm_snapshots(list snaps):
-    """One T0 for all ``snaps``, each attached to its target and with its scope complete; ConfigError, and none is armed,
-    where a disk would have more than MAX_SNAPSHOTS."""
+def arm_snapshots(list snaps, starts=(), stops=()):
+    """One T0 for all ``snaps``, each attached to its target and with its scope complete. ``starts`` and ``stops``, of (disk,
+    bitmap): bitmaps that record guest writes from T0 on, or up to T0; all disks must be those of ``snaps``. ConfigError, and
+    none is armed or switched, where a disk would have more than MAX_SNAPSHOTS, or record too many bitmaps."""
     cdef snapshot *c_snaps[C_MAX_SNAPSHOTS]
     cdef disk *owners[C_MAX_SNAPSHOTS]
     cdef disk *disks[C_MAX_SNAPSHOTS]
+    cdef switch switches[2 * MAX_SINKS]
     cdef SnapshotCore snap
-    cdef uint64_t n = len(snaps), ndisks = 0, i
+    cdef uint64_t n = len(snaps), ndisks = 0, nswitches = 0, i
     cdef int rc
     if n > C_MAX_SNAPSHOTS:
         raise ConfigError(f"{n} snapshots in one group, more than {C_MAX_SNAPSHOTS}")
+    if len(starts) + len(stops) > 2 * MAX_SINKS:
+        raise ConfigError(f"{len(starts)} bitmaps that start and {len(stops)} that stop, more than {2 * MAX_SINKS}")
     for i in range(n):
         snap = snaps[i]
         c_snaps[i] = snap.s
@@ -879,10 +899,49 @@ def arm_snapshots(list snaps):
     for address in sorted({<size_t>owners[i] for i in range(n)}):
         disks[ndisks] = <disk *><size_t>address
         ndisks += 1
+    for pairs, value in ((starts, True), (stops, False)):
+        for owner, map in pairs:
+            fill_switch(&switches[nswitches], owner, map, value)
+            nswitches += 1
     with nogil:
-        rc = arm(disks, ndisks, c_snaps, owners, n)
+        rc = arm(disks, ndisks, c_snaps, owners, n, switches, nswitches)
+    if rc == -E2BIG:
+        raise ConfigError(f"a disk records at most {MAX_SINKS} bitmaps")
     if rc < 0:
         raise ConfigError(f"a disk has at most {C_MAX_SNAPSHOTS} snapshots")
+    for owner, map in starts:
+        (<BitmapCore>map).recorded_by = owner
+    for _, map in stops:
+        (<BitmapCore>map).recorded_by = None
+
+
+cdef void fill_switch(switch *s, DiskCore owner, BitmapCore map, bint starts):
+    s.d = owner.d
+    s.map = &map.map
+    s.shift = map.shift
+    s.starts = starts
+
+
+def zero_units(buffer, Py_ssize_t unit):
+    """Which units of ``buffer`` (bytes-like; the last may be short) are all zeroes: a byte each, 1 or 0. ``unit``: bytes."""
+    cdef Py_buffer view
+    cdef Py_ssize_t i, count
+    cdef char *flags
+    cdef const char *p
+    if unit < 1:
+        raise ConfigError(f"unit {unit} is less than 1 byte")
+    get_buffer(buffer, &view, False)
+    try:
+        count = (view.len + unit - 1) // unit
+        found = PyBytes_FromStringAndSize(NULL, count)
+        flags = PyBytes_AS_STRING(found)
+        p = <const char *>view.buf
+        with nogil:
+            for i in range(count):
+                flags[i] = is_zero(p + i * unit, least(unit, view.len - i * unit))
+    finally:
+        PyBuffer_Release(&view)
+    return found
 
 
 include "cbwcore/_nbd_core.pxi"

@@ -7,8 +7,9 @@
 
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint64_t
+from libc.string cimport memset
 from cbwcore._sys cimport (
-    MADV_DONTNEED, and_acq_rel, count_bits, load_acquire, load_relaxed, lowest_bit, madvise, map_lazily,
+    MADV_DONTNEED, and_acq_rel, count_bits, load_acquire, load_relaxed, lowest_bit, madvise, map_file_over, map_lazily,
     munmap, or_acq_rel, skip_blank_words,
 )
 from cbwcore._geometry cimport least, round_up
@@ -22,11 +23,13 @@ cdef struct bitmap:
     uint64_t nbits
     uint64_t flip       # 0, or all ones in a map whose untouched bits read as 1
     uint64_t mapped     # bytes of address space
+    bint in_file        # the words are a file's, and outlive the process
 
 
 cdef inline int bitmap_init(bitmap *b, uint64_t nbits, bint value) noexcept nogil:
     """All bits `value`. 0, or -ENOMEM."""
     b.nbits = nbits
+    b.in_file = False
     b.flip = ~<uint64_t>0 if value else 0
     b.mapped = round_up((nbits + 7) // 8 + 1, PAGE)
     b.words = <uint64_t *>map_lazily(b.mapped)
@@ -39,8 +42,19 @@ cdef inline void bitmap_free(bitmap *b) noexcept nogil:
     b.words = NULL
 
 
+cdef inline int bitmap_map_file(bitmap *b, int fd, uint64_t off) noexcept nogil:
+    """From here on the words are those of the file at `off`, a multiple of PAGE, over `mapped` bytes; at the same address,
+    and what they were is forgotten. Of a map without flip that nobody uses yet. 0 or -errno."""
+    cdef int rc = map_file_over(b.words, b.mapped, fd, off)
+    b.in_file = rc == 0
+    return rc
+
+
 cdef inline int bitmap_reset(bitmap *b) noexcept nogil:
     """Every bit back to its first value, and the pages back to the system. Nobody else may be setting bits."""
+    if b.in_file:
+        memset(b.words, 0, b.mapped)
+        return 0
     return madvise(b.words, b.mapped, MADV_DONTNEED)
 
 

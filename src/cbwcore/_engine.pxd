@@ -10,7 +10,7 @@
 # A writer adds to its slot and then reads the gate; the shutter sets the gate and then reads the slots. Both in
 # sequentially consistent order, so at least one of them sees the other.
 
-from libc.errno cimport EIO, ENOSPC, EOPNOTSUPP
+from libc.errno cimport E2BIG, EIO, ENOSPC, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
@@ -55,6 +55,13 @@ cdef struct slot:           # one per 128 bytes: no two threads write one cache 
 cdef struct sink:           # a bitmap in which every guest write is recorded, before it is submitted
     bitmap *map
     int shift               # granularity
+
+
+cdef struct switch:         # what arming does to a bitmap, at T0
+    disk *d
+    bitmap *map
+    int shift
+    bint starts             # it records guest writes from T0 on; else up to T0, and not one after it
 
 
 cdef struct disk:
@@ -233,9 +240,25 @@ cdef inline void set_armed(snapshot *s, int64_t pause) noexcept nogil:
     pthread_mutex_unlock(&s.lock)
 
 
-cdef inline int arm(disk **disks, uint64_t ndisks, snapshot **snaps, disk **owners, uint64_t nsnaps) noexcept nogil:
-    """One T0 for all: shut every gate, link every snapshot, open every gate (R10). -ENOSPC, and none is linked,
-    where a disk has MAX_SNAPSHOTS. `disks`: each once, in order of address, so that two groups cannot deadlock."""
+cdef inline int make_switches(switch *switches, uint64_t n) noexcept nogil:
+    """Under the shut gates: all of them, or none and -E2BIG where a disk would record too many. First those that start,
+    then those that stop: the moment is one."""
+    cdef uint64_t i, done = n
+    for i in range(n):
+        if switches[i].starts and add_sink(switches[i].d, switches[i].map, switches[i].shift) < 0:
+            done = i
+            break
+    for i in range(done):
+        if switches[i].starts == (done < n):
+            drop_sink(switches[i].d, switches[i].map)
+    return 0 if done == n else -E2BIG
+
+
+cdef inline int arm(disk **disks, uint64_t ndisks, snapshot **snaps, disk **owners, uint64_t nsnaps, switch *switches,
+                    uint64_t nswitches) noexcept nogil:
+    """One T0 for all: shut every gate, link every snapshot, switch the bitmaps, open every gate (R10). -ENOSPC where a disk
+    has MAX_SNAPSHOTS, -E2BIG where it has MAX_SINKS; then none is linked and no bitmap switched. `disks`: each once, in
+    order of address, so that two groups cannot deadlock."""
     cdef uint64_t i
     cdef int64_t began = monotonic_ns()
     cdef int rc = 0
@@ -247,6 +270,8 @@ cdef inline int arm(disk **disks, uint64_t ndisks, snapshot **snaps, disk **owne
             break
         owners[i].snaps[owners[i].nsnaps] = snaps[i]
         owners[i].nsnaps += 1
+    if rc == 0:
+        rc = make_switches(switches, nswitches)
     for i in range(nsnaps):
         drop_sink(owners[i], &snaps[i].need)
         drop_sink(owners[i], &snaps[i].access)

@@ -165,6 +165,13 @@ cdef extern from * nogil:
         return p;
     }
 
+    /* Let the memory at p be that of the file from off on, shared with whoever else maps or reads it: what is stored here
+       survives the process, at any instruction. The file must have its blocks, or a store that finds no space kills it. */
+    static int map_file_over(void *p, uint64_t n, int fd, uint64_t off) {
+        void *at = mmap(p, n, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)off);
+        return at == MAP_FAILED ? -errno : 0;
+    }
+
     static inline int64_t write_once(int fd, const void *buf, uint64_t n, uint64_t off) {
         ssize_t rc = pwrite(fd, buf, n, (off_t)off);
         return rc < 0 ? -errno : rc;
@@ -308,6 +315,7 @@ cdef extern from * nogil:
     int pthread_join(pthread_t t, void **result)
 
     void *map_lazily(uint64_t n)
+    int map_file_over(void *p, uint64_t n, int fd, uint64_t off)
     int munmap(void *p, size_t n)
     int madvise(void *p, size_t n, int advice)
     int MADV_DONTNEED

@@ -19,6 +19,7 @@ from cbwcore.options import check_name
 
 if TYPE_CHECKING:
     from cbwcore.disk import Disk
+    from cbwcore.freeze import Freeze
 
 __all__ = ["Bitmaps", "DirtyBitmap"]
 
@@ -47,30 +48,53 @@ class DirtyBitmap(BitmapCore):
     def __init__(self, size: int, granularity: int = 65536, *, name: str = "") -> None:
         self.name = name
         self._disk: Disk | None = None
+        self._freeze: Freeze | None = None  # the job that has it
+        # The id of the backup since which it has recorded without a gap; None: of none that is known.
+        self.since: str | None = None
 
     def __repr__(self) -> str:
-        state = "recording" if self.enabled else "disabled"
+        state = "frozen" if self.frozen else "recording" if self.enabled else "disabled"
         return (
             f"<DirtyBitmap {self.name!r} {self.count()} of {self.size} bytes, granularity {self.granularity}, {state}>"
         )
 
+    @property
+    def frozen(self) -> bool:
+        """Whether a job has it: it stays as it was at T0, and a successor records (QEMU's "frozen")."""
+        return self._freeze is not None
+
     def enable(self) -> None:
         """Record guest writes: all that complete after this returns (QMP block-dirty-bitmap-enable). Needs a disk."""
-        with self._owner() as disk:
+        with self._changing() as disk:
             if disk is None:
                 raise ConfigError(f"bitmap {self.name!r} belongs to no disk; use disk.bitmaps.add()")
             disk._check_open()
             self._record(disk)
 
     def disable(self) -> None:
-        """Stop recording (QMP block-dirty-bitmap-disable)."""
-        with self._owner():
+        """Stop recording (QMP block-dirty-bitmap-disable). No incremental backup can rely on it any more."""
+        with self._changing():
             self._record(None)
+            self.since = None
 
     def clear(self) -> None:
-        """Make all clean, at a moment when no guest write is in flight (QMP block-dirty-bitmap-clear)."""
-        with self._owner():
+        """Make all clean, at a moment when no guest write is in flight (QMP block-dirty-bitmap-clear).
+
+        No incremental backup can rely on it any more."""
+        with self._changing():
             self._reset()
+            self.since = None
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[Disk | None]:
+        """As `_owner`; ConfigError while a job has it."""
+        with self._owner() as disk:
+            self._check_idle()
+            yield disk
+
+    def _check_idle(self) -> None:
+        if self.frozen:
+            raise ConfigError(f"bitmap {self.name!r} is in use by a job")
 
     @contextlib.contextmanager
     def _owner(self) -> Iterator[Disk | None]:
@@ -88,12 +112,14 @@ class DirtyBitmap(BitmapCore):
                 raise ConfigError(f"a DirtyBitmap merges DirtyBitmaps, not {type(other).__name__}")
             if other.size != self.size:
                 raise ConfigError(f"bitmap {other.name!r} is of {other.size} bytes, not {self.size}")
-        for other in others:
-            self._merge(other)
+        with self._changing():
+            for other in others:
+                self._merge(other)
 
     def set_range(self, offset: int, length: int) -> None:
         """Mark a range (bytes), rounded outward."""
         self._check(offset, length)
+        self._check_idle()
         if length:
             self._put(offset // self.granularity, (offset + length - 1) // self.granularity + 1, True)
 
@@ -180,7 +206,7 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
         self._disk._check_forked()
         with self._disk._admin:
             bitmap = self._by_name[name]
-            bitmap.disable()
+            bitmap.disable()  # ConfigError while a job has it
             bitmap._disk = None
             del self._by_name[name]
 

@@ -132,7 +132,7 @@ class Disk(DiskCore):
         with contextlib.ExitStack() as afterwards, self._admin, contextlib.ExitStack() as steps:  # backwards
             steps.callback(self._close)
             for bitmap in self.bitmaps.values():
-                steps.callback(bitmap.disable)
+                steps.callback(bitmap._record, None)
             for snapshot in tuple(self._snapshots):  # those that another thread is closing, too: it is waited for
                 afterwards.callback(snapshot._tell_break)  # without _admin, which its callback may wait for
                 steps.callback(snapshot._shut)

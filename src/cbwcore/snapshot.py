@@ -6,8 +6,8 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cbwcore._cbwcore import POLICIES, STATES, SnapshotCore, arm_snapshots
 from cbwcore.bitmaps import DirtyBitmap, as_scope
@@ -16,6 +16,7 @@ from cbwcore.errors import ConfigError, CopyBeforeWriteError
 from cbwcore.extents import Extent, check_bitmap, check_range, walk
 from cbwcore.files import BlockFile, create_target, open_target
 from cbwcore.forked import forked
+from cbwcore.freeze import Freeze
 from cbwcore.limits import limits
 from cbwcore.options import BitmapRef, SnapshotOptions, check_cluster_size, check_policy, timeout_ns
 from cbwcore.policy import OnCbwError, SnapshotState, tell_break
@@ -204,6 +205,69 @@ def _prepare(
     return snapshot
 
 
+class Wanted(NamedTuple):
+    """A snapshot to be taken, and what becomes of bitmaps of the same disk at its T0.
+
+    ``freeze``: a bitmap for a job, see `Freeze`. ``copies``: bitmaps of which copies are wanted, as they are at T0."""
+
+    disk: Disk
+    options: SnapshotOptions
+    on_break: Callable[[Snapshot], object] | None = None
+    freeze: DirtyBitmap | None = None
+    copies: Sequence[DirtyBitmap] = ()
+
+
+class Taken(NamedTuple):
+    """A snapshot that was taken, and what was `Wanted` with it."""
+
+    snapshot: Snapshot
+    freeze: Freeze | None
+    copies: list[DirtyBitmap]
+
+
+def take_snapshots(wanted: Sequence[Wanted]) -> list[Taken]:
+    """One T0 for all of it, or none is taken, no target is left behind and no bitmap is changed (R10)."""
+    disks = {id(each.disk): each.disk for each in wanted}
+    for disk in disks.values():
+        disk._check_open()
+    with contextlib.ExitStack() as locks:
+        for key in sorted(disks):
+            locks.enter_context(disks[key]._admin)
+        with contextlib.ExitStack() as undo:
+            taken = [_make_ready(each, undo) for each in wanted]
+            for each in taken:
+                undo.callback(each.snapshot.disk._snapshots.pop, each.snapshot, None)
+                each.snapshot.disk._snapshots[each.snapshot] = (
+                    None  # before T0: who meets a break must find whom to tell
+                )
+            freezes = [each.freeze for each in taken if each.freeze is not None]
+            copies = [(each.snapshot.disk, copy) for each in taken for copy in each.copies]
+            arm_snapshots(
+                [each.snapshot for each in taken],
+                [pair for freeze in freezes for pair in freeze.starts()],
+                [pair for freeze in freezes for pair in freeze.stops()] + [c for c in copies if c[1].enabled],
+            )
+            undo.pop_all()
+    return taken
+
+
+def _make_ready(wanted: Wanted, undo: contextlib.ExitStack) -> Taken:
+    snapshot = _prepare(wanted.disk, wanted.options, wanted.on_break, undo)
+    freeze = None
+    if wanted.freeze is not None:
+        freeze = Freeze(wanted.disk, wanted.freeze)
+        undo.callback(freeze.release)
+    copies = []
+    for bitmap in wanted.copies:
+        copy = DirtyBitmap(bitmap.size, bitmap.granularity, name=bitmap.name)
+        if bitmap.enabled:  # from here on it gets what the bitmap gets, until T0
+            copy._record(wanted.disk)
+            undo.callback(copy._record, None)
+        copy._merge(bitmap)
+        copies.append(copy)
+    return Taken(snapshot, freeze, copies)
+
+
 def snapshot_group(
     pairs: Iterable[tuple[Disk, str | os.PathLike[str] | None]],
     *,
@@ -219,28 +283,22 @@ def snapshot_group(
 
     The options are `Disk.snapshot`'s and hold for each; the snapshots come in the order of the pairs."""
     pairs = list(pairs)
-    disks = {id(disk): disk for disk, _ in pairs}
-    for disk in disks.values():
+    for disk, _ in pairs:
         disk._check_open()
-    with contextlib.ExitStack() as locks:
-        for key in sorted(disks):
-            locks.enter_context(disks[key]._admin)
-        with contextlib.ExitStack() as undo:
-            snapshots = []
-            for disk, target in pairs:
-                options = SnapshotOptions(
-                    target=target,
-                    name=name,
-                    bitmap=bitmap,
-                    on_cbw_error=check_policy(on_cbw_error),
-                    cbw_timeout=cbw_timeout,
-                    cluster_size=cluster_size,
-                    target_limit=target_limit,
-                )
-                snapshots.append(_prepare(disk, options, on_break, undo))
-            for snapshot in snapshots:
-                undo.callback(snapshot.disk._snapshots.pop, snapshot, None)
-                snapshot.disk._snapshots[snapshot] = None  # before T0: whoever meets a break must find whom to tell
-            arm_snapshots(snapshots)
-            undo.pop_all()
-    return snapshots
+    wanted = [
+        Wanted(
+            disk,
+            SnapshotOptions(
+                target=target,
+                name=name,
+                bitmap=bitmap,
+                on_cbw_error=check_policy(on_cbw_error),
+                cbw_timeout=cbw_timeout,
+                cluster_size=cluster_size,
+                target_limit=target_limit,
+            ),
+            on_break,
+        )
+        for disk, target in pairs
+    ]
+    return [taken.snapshot for taken in take_snapshots(wanted)]
