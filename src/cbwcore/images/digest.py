@@ -2,8 +2,8 @@
 
 The unit is 65536 bytes. For every unit that the backup stores, in order of offset, a record of 40 bytes: the unit's
 offset on the disk (u64, little endian), then the SHA-256 of its bytes (a short last unit: its bytes alone), or 32 zero
-bytes where it is stored as zeroes. The digest is the SHA-256 of the records. A full backup stores the units that are not all
-zero; an incremental or bitmap backup all units that it copied, zeroes included."""
+bytes where it is stored as zeroes. The digest is the SHA-256 of the records. A full backup stores the units that are
+not all zero; an incremental or bitmap backup all units that it copied, zeroes included."""
 
 from __future__ import annotations
 

@@ -16,15 +16,12 @@ failure takes the names back."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import stat
 import threading
 from collections.abc import Iterable
 from typing import Literal, Protocol, Self
 
 from cbwcore.errors import ConfigError
-from cbwcore.files import lock, open_for, overlap, storage
 from cbwcore.images.digest import UNIT, ContentDigest, Piece, records
 from cbwcore.images.fileio import named, sync, write_all
 from cbwcore.images.manifest import (
@@ -39,6 +36,7 @@ from cbwcore.images.manifest import (
 from cbwcore.images.partial import PartialFile
 from cbwcore.images.qcow2_writer import Qcow2Writer, backing_name
 from cbwcore.images.raw_output import RawDevice, RawFile
+from cbwcore.images.target import check_apart, is_device_at, open_device
 
 __all__ = ["Output", "Store", "open_output"]
 
@@ -76,8 +74,8 @@ class Output:
     """A backup that is being written; `open_output` makes it.
 
     ``begin`` is called in order of offset; ``write`` and ``write_zeroes`` may be called from any number of threads at
-    once and release the GIL while they hash, compress and write. ``finish`` and ``abort`` are called by one thread, when
-    no other call is under way. A context manager: left without ``finish``, it aborts.
+    once and release the GIL while they hash, compress and write. ``finish`` and ``abort`` are called by one thread,
+    when no other call is under way. A context manager: left without ``finish``, it aborts.
 
     ``cluster_size``: pieces begin at multiples of it and end there or at the disk's end (bytes). ``layered``: a part of
     the disk only, whose zeroes are stored, too. ``is_device``: it has no file of its own. ``data_bytes``,
@@ -272,24 +270,24 @@ def open_output(
 ) -> Output:
     """Begin a backup of a disk of ``size`` bytes at ``path``: a file that is to be, or a block device (raw only).
 
-    ``backing``: the parent backup, which must have its manifest. ``compress``: "zstd", for qcow2. ``layered``: a part of
-    the disk only. ``overwrite``: a file at ``path`` is replaced, in the end. ``manifest``: where a device's goes, which has none
-    otherwise. ``apart``: files and devices that it must not be: the disk, the fleecing target.
+    ``backing``: the parent backup, which must have its manifest. ``compress``: "zstd", for qcow2. ``layered``: a part
+    of the disk only. ``overwrite``: a file at ``path`` is replaced, in the end. ``manifest``: where a device's goes,
+    which has none otherwise. ``apart``: files and devices that it must not be: the disk, the fleecing target.
 
     ConfigError, StateError (the parent), OSError: nothing was changed. A device is changed from here on."""
     name = os.fsdecode(path)
-    is_device = _is_device(name)
+    is_device = is_device_at(name)
     _check_options(name, size, format, compress, layered, backing, is_device)
     if manifest is not None and not is_device:
         raise ConfigError(f"{name} is a file: its manifest lies beside it, and nowhere else")
     parent = None if backing is None else _parent(name, size, os.fsdecode(backing))
-    _check_apart(name, [*apart, *([] if backing is None else [backing])])
+    check_apart(name, [*apart, *([] if backing is None else [backing])])
     image = Image(file=os.path.basename(name), format=format, cluster_size=UNIT, compression=compress, bytes=0)
     with contextlib.ExitStack() as undo:
         sidecar_path = manifest_path(name) if not is_device else None if manifest is None else os.fsdecode(manifest)
         file = sidecar = None
         if is_device:
-            fd = _open_device(name, size)
+            fd = open_device(name, size)
             undo.callback(os.close, fd)
         else:
             file = PartialFile(name, overwrite=overwrite)
@@ -346,54 +344,8 @@ def _check_options(
         raise ConfigError("a backup with a backing file is layered")
 
 
-def _is_device(name: str) -> bool:
-    try:
-        return stat.S_ISBLK(os.stat(name).st_mode)
-    except FileNotFoundError:
-        return False
-
-
 def _parent(name: str, size: int, backing: str) -> Parent:
     found = read_manifest(backing)
     if found.size != size:
         raise ConfigError(f"parent {backing} is of a disk of {found.size} bytes, and this one has {size}")
     return Parent(id=found.id, file=os.fsdecode(backing_name(name, backing)))
-
-
-def _check_apart(name: str, others: Iterable[Path]) -> None:
-    """Refuse a ``name`` that is the bytes of one of the others, or becomes its name."""
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        own = storage(fd)
-        for other in others:
-            other_fd = os.open(other, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                if overlap(own, storage(other_fd)) or os.path.samestat(os.fstat(fd), os.fstat(other_fd)):
-                    raise ConfigError(f"{name} is {os.fsdecode(other)} itself, which this backup needs")
-            finally:
-                os.close(other_fd)
-    finally:
-        os.close(fd)
-
-
-def _open_device(name: str, size: int) -> int:
-    """A block device, ours alone. ConfigError where it is smaller than the disk, or in use."""
-    try:
-        fd = open_for(name, os.O_RDWR)
-    except OSError as e:
-        if e.errno == errno.EBUSY:
-            raise ConfigError(f"{name} is in use: it is mounted, or another program has it for itself") from e
-        raise
-    try:
-        has = os.lseek(fd, 0, os.SEEK_END)
-        if has < size:
-            raise ConfigError(f"{name} is {has} bytes, less than the disk's {size}")
-        if not lock(fd, exclusive=True):
-            raise ConfigError(f"{name} is in use: another process has it locked")
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
