@@ -1,4 +1,4 @@
-"""Dirty bitmaps in memory: which parts of a disk its guest has written.
+"""Dirty bitmaps: which parts of a disk its guest has written. In memory, or in a file where they outlive the process.
 
 Names follow QEMU's block-dirty-bitmap commands.
 """
@@ -6,15 +6,18 @@ Names follow QEMU's block-dirty-bitmap commands.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import bitarray as _bitarray
 import numpy as np
 from numpy.typing import NDArray
 
 from cbwcore._cbwcore import BitmapCore
-from cbwcore.errors import ConfigError
+from cbwcore.bitmap_store import BitmapStore, UnusableError, create_store, default_path, open_store
+from cbwcore.errors import ConfigError, StateError
 from cbwcore.options import check_name
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from cbwcore.freeze import Freeze
 
 __all__ = ["Bitmaps", "DirtyBitmap"]
+
+logger = logging.getLogger(__name__)
 
 MIN_GRANULARITY = 512
 MAX_GRANULARITY = 1 << 31
@@ -40,6 +45,9 @@ class DirtyBitmap(BitmapCore):
     Made by ``disk.bitmaps.add()`` it records the disk's guest writes while enabled: a bit is set before the write is
     submitted. Made by itself it is a plain set of ranges. The buffer protocol shows its bytes read-only and without a
     copy, bit i at byte i // 8, lowest bit first; bits past the last are 0.
+
+    ``inconsistent``: why what it has recorded is not all that was written, or None. Then it can only be removed, and
+    whoever asks for its bits gets StateError (the buffer protocol: BufferError).
     """
 
     def __new__(cls, size: int, granularity: int = 65536, *, name: str = "") -> DirtyBitmap:  # noqa: D102
@@ -49,11 +57,13 @@ class DirtyBitmap(BitmapCore):
         self.name = name
         self._disk: Disk | None = None
         self._freeze: Freeze | None = None  # the job that has it
-        # The id of the backup since which it has recorded without a gap; None: of none that is known.
-        self.since: str | None = None
+        self._since: str | None = None
+        self._persistent = False
 
     def __repr__(self) -> str:
         state = "frozen" if self.frozen else "recording" if self.enabled else "disabled"
+        if self.inconsistent is not None:
+            return f"<DirtyBitmap {self.name!r} of {self.size} bytes, inconsistent>"
         return (
             f"<DirtyBitmap {self.name!r} {self.count()} of {self.size} bytes, granularity {self.granularity}, {state}>"
         )
@@ -63,38 +73,88 @@ class DirtyBitmap(BitmapCore):
         """Whether a job has it: it stays as it was at T0, and a successor records (QEMU's "frozen")."""
         return self._freeze is not None
 
+    @property
+    def persistent(self) -> bool:
+        """Whether it outlives the process, in the disk's bitmap file."""
+        return self._persistent
+
+    @property
+    def since(self) -> str | None:
+        """The id of the backup since whose T0 it has recorded without a gap; None: of none that is known."""
+        return self._since
+
+    @since.setter
+    def since(self, value: str | None) -> None:
+        with self._owner():
+            self._check_usable()
+            self._save(since=value)
+            self._since = value
+
     def enable(self) -> None:
-        """Record guest writes: all that complete after this returns (QMP block-dirty-bitmap-enable). Needs a disk."""
+        """Record guest writes: all that complete after this returns (QMP block-dirty-bitmap-enable). Needs a disk.
+
+        Of a persistent bitmap also in the processes that open the disk later."""
         with self._changing() as disk:
             if disk is None:
                 raise ConfigError(f"bitmap {self.name!r} belongs to no disk; use disk.bitmaps.add()")
             disk._check_open()
+            before = self.enabled
             self._record(disk)
+            try:
+                self._save(enabled=True)
+            except BaseException:
+                if not before:
+                    self._record(None)
+                raise
 
     def disable(self) -> None:
         """Stop recording (QMP block-dirty-bitmap-disable). No incremental backup can rely on it any more."""
         with self._changing():
+            # First the file: whoever dies in between has recorded more than it says. The other way round a write that came
+            # in between would be missing in a bitmap that is called complete.
+            self._save(enabled=False, since=None)
             self._record(None)
-            self.since = None
+            self._since = None
 
     def clear(self) -> None:
         """Make all clean, at a moment when no guest write is in flight (QMP block-dirty-bitmap-clear).
 
         No incremental backup can rely on it any more."""
         with self._changing():
+            # First the file: whoever dies in the middle of the bits leaves none that anything relies on.
+            self._save(since=None)
             self._reset()
-            self.since = None
+            self._since = None
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Disk | None]:
-        """As `_owner`; ConfigError while a job has it."""
+        """As `_owner`; raises as `_check_idle`."""
         with self._owner() as disk:
             self._check_idle()
             yield disk
 
     def _check_idle(self) -> None:
+        """ConfigError while a job has it, or its disk is open read-only; StateError where it is inconsistent; ValueError
+        where it is persistent, and its disk closed."""
         if self.frozen:
             raise ConfigError(f"bitmap {self.name!r} is in use by a job")
+        self._check_usable()
+
+    def _check_usable(self) -> None:
+        self._check_consistent()
+        if self._persistent and self._disk is not None:
+            self._disk._check_open()
+            if self._disk.read_only:
+                raise ConfigError(f"bitmap {self.name!r} is in a file, and disk {self._disk.path} is open read-only")
+
+    def _check_consistent(self) -> None:
+        if self.inconsistent is not None:
+            raise StateError(f"bitmap {self.name!r} is inconsistent, remove it: {self.inconsistent}")
+
+    def _save(self, **fields: Any) -> None:
+        """Other fields of its `bitmap_file.Entry`, durable on return; nothing for a bitmap in memory. OSError, StateError."""
+        if self._persistent and self._disk is not None:
+            self._disk.bitmaps._open_store().change(self.name, **fields)
 
     @contextlib.contextmanager
     def _owner(self) -> Iterator[Disk | None]:
@@ -112,6 +172,7 @@ class DirtyBitmap(BitmapCore):
                 raise ConfigError(f"a DirtyBitmap merges DirtyBitmaps, not {type(other).__name__}")
             if other.size != self.size:
                 raise ConfigError(f"bitmap {other.name!r} is of {other.size} bytes, not {self.size}")
+            other._check_consistent()
         with self._changing():
             for other in others:
                 self._merge(other)
@@ -131,6 +192,7 @@ class DirtyBitmap(BitmapCore):
 
     def count(self) -> int:
         """Marked bytes, in whole granules but for a short last one."""
+        self._check_consistent()
         bits: int = self._count()
         tail = self.size % self.granularity
         if tail and self.is_dirty(self.size - 1):
@@ -158,23 +220,30 @@ class DirtyBitmap(BitmapCore):
 
     def numpy(self) -> NDArray[np.uint8]:
         """The map's bytes as a read-only array that shares its memory (``np.unpackbits(a, bitorder="little")``)."""
+        self._check_consistent()
         return np.frombuffer(memoryview(self), dtype=np.uint8)
 
     def bitarray(self) -> _bitarray.bitarray:
         """The map as a read-only little-endian bitarray that shares its memory; whole bytes, so up to 7 bits longer."""
+        self._check_consistent()
         return _bitarray.bitarray(buffer=self, endian="little")
 
     def _check(self, offset: int, length: int) -> None:
+        self._check_consistent()
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ConfigError(f"offset {offset} length {length} is outside the bitmap's {self.size} bytes")
 
 
 class Bitmaps(Mapping[str, DirtyBitmap]):
-    """A disk's bitmaps by name."""
+    """A disk's bitmaps by name. Persistent ones are in one file, and come with the disk whenever it is opened."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._by_name: dict[str, DirtyBitmap] = {}
+        self._path: str | None = None
+        self._store: BitmapStore | None = None  # None: there is no file yet, or it cannot be used
+        self._problem: str | None = None
+        self._ending: list[DirtyBitmap] = []  # successors that record on, because the file still names them
 
     def __getitem__(self, name: str) -> DirtyBitmap:
         return self._by_name[name]
@@ -185,10 +254,27 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
     def __len__(self) -> int:
         return len(self._by_name)
 
-    def add(self, name: str, *, granularity: int = 65536, enabled: bool = True) -> DirtyBitmap:
-        """Make a bitmap (QMP block-dirty-bitmap-add).
+    @property
+    def path(self) -> str | None:
+        """The file of the persistent bitmaps, whether it is there or not; None where there is no place for one."""
+        return self._path
 
-        ConfigError for a name in use, or a granularity that is no power of two from 512 to 2**31 bytes."""
+    @property
+    def problem(self) -> str | None:
+        """Why the file as a whole cannot be used, or not any more; None while it can. See `reset`."""
+        store = self._store
+        if store is not None and store.failed is not None:
+            return f"{store.path} is not written any more: {store.failed}"
+        return self._problem
+
+    def add(
+        self, name: str, *, granularity: int = 65536, enabled: bool = True, persistent: bool = False
+    ) -> DirtyBitmap:
+        """Make a bitmap (QMP block-dirty-bitmap-add); ``persistent``: in the disk's bitmap file, which is made if need be.
+
+        ConfigError for a name in use, for a granularity that is no power of two from 512 to 2**31 bytes, where there is
+        no place for the file or the disk is open read-only; StateError where the file cannot be used; OSError, such as
+        ENOSPC. Then all is as it was."""
         self._disk._check_open()
         with self._disk._admin:
             self._disk._check_open()
@@ -196,19 +282,156 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
                 raise ConfigError(f"disk {self._disk.path} has a bitmap {name!r} already")
             bitmap = DirtyBitmap(self._disk.size, granularity, name=name)
             bitmap._disk = self._disk
-            if enabled:
-                bitmap.enable()
+            with contextlib.ExitStack() as undo:
+                if persistent:
+                    self._make_persistent(bitmap, enabled, undo)
+                if enabled:
+                    bitmap._record(self._disk)
+                undo.pop_all()
             self._by_name[name] = bitmap
             return bitmap
 
+    def _make_persistent(self, bitmap: DirtyBitmap, enabled: bool, undo: contextlib.ExitStack) -> None:
+        if self._disk.read_only:
+            raise ConfigError(f"disk {self._disk.path} is open read-only, and gets no persistent bitmap")
+        if self._store is None:
+            path = self._file_path()
+            if self._problem is not None:
+                raise StateError(f"{self._problem}; reset() starts a new file")
+            self._store = create_store(path, self._disk._file)
+            undo.callback(self._forget_file)
+        store = self._store
+        store.add(bitmap, bitmap.name, enabled=enabled)
+        bitmap._persistent = True
+        undo.callback(self._take_out, bitmap)
+
+    def _forget_file(self) -> None:
+        store, self._store = self._store, None
+        assert store is not None
+        store.abandon()
+        os.unlink(store.path)
+
+    def _take_out(self, bitmap: DirtyBitmap) -> None:
+        """Of the file: from here on its bits are in memory."""
+        store = self._open_store()
+        area = store.remove(bitmap.name)
+        bitmap._record(None)
+        bitmap._unmap_file()
+        bitmap._persistent = False
+        store.free(area)
+
     def remove(self, name: str) -> None:
-        """Stop and forget a bitmap (QMP block-dirty-bitmap-remove). KeyError where there is none of that name."""
+        """Stop and forget a bitmap (QMP block-dirty-bitmap-remove), also an inconsistent one; of a persistent one the file
+        does, too. KeyError where there is none of that name; ConfigError while a job has it."""
         self._disk._check_forked()
         with self._disk._admin:
             bitmap = self._by_name[name]
-            bitmap.disable()  # ConfigError while a job has it
+            if bitmap.inconsistent is None:
+                bitmap._check_idle()
+            elif self._disk.read_only:
+                raise ConfigError(f"bitmap {name!r} is in a file, and disk {self._disk.path} is open read-only")
+            if bitmap.persistent:
+                self._take_out(bitmap)
+            bitmap._record(None)
+            bitmap._since = None
             bitmap._disk = None
             del self._by_name[name]
+
+    def reset(self) -> None:
+        """Forget all persistent bitmaps, and start a new file in place of one that cannot be used.
+
+        ConfigError while a job has one of them, where there is no place for a file, or the disk is open read-only;
+        OSError, StateError. Then all is as it was."""
+        self._disk._check_open()
+        with self._disk._admin:
+            self._disk._check_open()
+            if self._disk.read_only:
+                raise ConfigError(f"disk {self._disk.path} is open read-only")
+            gone = [bitmap for bitmap in self._by_name.values() if bitmap.persistent]
+            for bitmap in gone:
+                if bitmap.frozen:
+                    bitmap._check_idle()
+            before, self._store = self._store, create_store(self._file_path(), self._disk._file)
+            self._problem = None
+            for bitmap in [*gone, *self._ending]:
+                bitmap._record(None)
+                bitmap._unmap_file()
+                bitmap._persistent = False
+                bitmap._since = None
+                bitmap._disk = None
+            for bitmap in gone:
+                del self._by_name[bitmap.name]
+            self._ending.clear()
+            if before is not None:
+                before.abandon()
+
+    def _file_path(self) -> str:
+        if self._path is None:
+            raise ConfigError(
+                f"{self._disk.path} is a block device, there is no place beside it for persistent bitmaps: "
+                "Disk(path, bitmaps=PATH) names one"
+            )
+        return self._path
+
+    def _open_store(self) -> BitmapStore:
+        if self._store is None:
+            raise ValueError(f"the bitmap file of disk {self._disk.path} is closed")
+        return self._store
+
+    # ---- with the disk ----
+
+    def _load(self, path: str | os.PathLike[str] | None) -> None:
+        """Open the file, if there is one, and record what is to be recorded. OSError; StateError where it is in use."""
+        disk = self._disk
+        self._path = default_path(disk.path, disk._file) if path is None else os.path.abspath(os.fsdecode(path))
+        if self._path is None:
+            return
+        try:
+            store = open_store(self._path, disk._file, read_only=disk.read_only)
+        except UnusableError as e:
+            self._problem = str(e)
+            logger.warning("disk %s: no persistent bitmap can be used: %s", disk.path, e)
+            return
+        if store is None:
+            return
+        try:
+            for entry in store.entries:
+                self._load_one(store, entry.name, entry.granularity)
+            if not disk.read_only:
+                store.begin_use()
+                for entry in store.entries:
+                    if entry.enabled and entry.inconsistent is None:
+                        self._by_name[entry.name]._record(disk)
+        except BaseException:
+            store.abandon()
+            raise
+        self._store = store
+
+    def _load_one(self, store: BitmapStore, name: str, granularity: int) -> None:
+        bitmap = DirtyBitmap(self._disk.size, granularity, name=name)
+        store.load(name, bitmap)
+        bitmap._disk = self._disk
+        bitmap._persistent = True
+        bitmap._since = store.entry(name).since
+        self._by_name[name] = bitmap
+        if bitmap.inconsistent is not None:
+            logger.warning("disk %s: bitmap %r is inconsistent: %s", self._disk.path, name, bitmap.inconsistent)
+
+    def _close(self, *, clean: bool) -> None:
+        """After the disk: no guest write comes any more. OSError."""
+        with contextlib.ExitStack() as steps:
+            for bitmap in self._ending:
+                steps.callback(bitmap._unmap_file)
+            for bitmap in [*self._by_name.values(), *self._ending]:
+                steps.callback(bitmap._record, None)
+            store, self._store = self._store, None
+            if store is None:
+                return
+            persistent = {name: bitmap for name, bitmap in self._by_name.items() if bitmap.persistent}
+            for bitmap in persistent.values():
+                if bitmap._freeze is not None:  # its job has not ended: what QEMU calls a reclaim
+                    bitmap._freeze._give_back()
+            store.close(persistent, clean=clean)
 
 
 def as_scope(bitmap: object, size: int, cluster_size: int) -> DirtyBitmap:
@@ -217,6 +440,7 @@ def as_scope(bitmap: object, size: int, cluster_size: int) -> DirtyBitmap:
     if isinstance(bitmap, DirtyBitmap):
         if bitmap.size != size:
             raise ConfigError(f"scope bitmap {bitmap.name!r} is of {bitmap.size} bytes, the disk of {size}")
+        bitmap._check_consistent()
         return bitmap
     if isinstance(bitmap, _bitarray.bitarray):
         bits = np.frombuffer(bitmap.unpack(), dtype=np.bool_)
