@@ -15,8 +15,8 @@ from posix.stdlib cimport posix_memalign
 from posix.unistd cimport close
 
 from cbwcore._sys cimport (
-    CBW_SLOTS, FALLOC_FL_PUNCH_HOLE, add_seq_cst, count_cpus, exchange_seq_cst, fallocate_once, has_holes, is_on_tmpfs, is_zero, knows_size, load_relaxed, monotonic_ns,
-    pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, store_release,
+    CBW_SLOTS, FALLOC_FL_PUNCH_HOLE, add_seq_cst, count_cpus, exchange_seq_cst, fallocate_once, has_holes, is_on_tmpfs,
+    is_zero, knows_size, load_relaxed, monotonic_ns, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, store_release,
 )
 from cbwcore._sys cimport birth_time as c_birth_time, dio_alignment as c_dio_alignment
 from cbwcore._geometry cimport least, most, outer_end

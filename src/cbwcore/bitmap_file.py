@@ -6,10 +6,9 @@
 1 MiB and more        areas: the bits of one bitmap each, whole pages, bit i at byte i // 8, lowest first
 ====================  ==================================================================================
 
-A copy of the directory is `HEADER`, then JSON (`Directory`). A change writes one copy, makes it durable, then the other in
-the same way, and is complete only then: so whatever happens to one copy, torn by a crash or damaged later, the other has
-what was complete. The copy with the higher generation counts.
-"""
+A copy of the directory is `HEADER`, then JSON (`Directory`). A change writes one copy, makes it durable, then the other
+in the same way, and is complete only then: so whatever happens to one copy, torn by a crash or damaged later, the other
+has what was complete. The copy with the higher generation counts."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ __all__ = ["AREAS", "Directory", "Entry", "Job", "Slot", "checksum", "read_direc
 
 MAGIC = b"CBWBITS\n"
 VERSION = 1
-HEADER = struct.Struct("<8sIIQI4x")  # MAGIC, VERSION, bytes of JSON, generation, CRC32C of the first three fields and the JSON
+HEADER = struct.Struct("<8sIIQI4x")  # MAGIC, VERSION, bytes of JSON, generation, CRC32C of those four and the JSON
 CHECKED = struct.Struct("<8sIIQ")
 SLOT = 512 << 10  # bytes of a copy
 AREAS = 2 * SLOT  # where the first area may begin
@@ -51,8 +50,8 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A bitmap. ``offset``, ``length``: its area. ``crc``: CRC32C of its bits, after a clean close. ``inconsistent``: why
-    the bits mean nothing."""
+    """A bitmap. ``offset``, ``length``: its area. ``crc``: CRC32C of its bits, after a clean close. ``inconsistent``:
+    why the bits mean nothing."""
 
     name: str
     granularity: int
@@ -68,8 +67,8 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Directory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the file is of, and the bitmaps in it.
 
-    ``in_use``: a process has, or had, the disk open for writing, in the boot ``boot_id``. ``mtime_ns``: of the disk at the
-    last clean close, if it is a regular file. Sizes in bytes."""
+    ``in_use``: a process has, or had, the disk open for writing, in the boot ``boot_id``. ``mtime_ns``: of the disk at
+    the last clean close, if it is a regular file. Sizes in bytes."""
 
     identity: str
     size: int
@@ -82,7 +81,7 @@ class Directory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Slot(NamedTuple):
     """Which copy counts (0 or 1), its generation and what it says."""
 
-    index: int
+    number: int
     generation: int
     directory: Directory
 
@@ -125,7 +124,7 @@ def _read_slot(fd: int, index: int) -> Slot:
     raw = os.pread(fd, SLOT, index * SLOT)
     if len(raw) < HEADER.size or raw[: len(MAGIC)] != MAGIC:
         raise StateError("no bitmap file of cbwcore's, or its beginning is damaged")
-    magic, version, length, generation, crc = HEADER.unpack_from(raw)
+    _, version, length, generation, crc = HEADER.unpack_from(raw)
     text = raw[HEADER.size : HEADER.size + length]
     if len(text) != length or crc != _crc_of(version, generation, text):
         raise StateError("its directory is damaged")
@@ -150,7 +149,9 @@ def _check_directory(directory: Directory) -> None:
     for entry in directory.bitmaps:
         shift = entry.granularity.bit_length() - 1
         if not (9 <= shift <= 31 and entry.granularity == 1 << shift and 0 <= directory.size < 2**63):
-            raise StateError(f"bitmap {entry.name!r} has the granularity {entry.granularity}, the disk {directory.size} bytes")
+            raise StateError(
+                f"bitmap {entry.name!r} has the granularity {entry.granularity}, the disk {directory.size} bytes"
+            )
         if entry.length != area_length(directory.size, entry.granularity):
             raise StateError(f"bitmap {entry.name!r} has an area of {entry.length} bytes, which is not what it needs")
         areas.append((entry.offset, entry.length))
@@ -173,25 +174,27 @@ def encode_directory(directory: Directory) -> bytes:
     """The JSON. ConfigError where it has no room in the file."""
     text = msgspec.json.encode(directory)
     if HEADER.size + len(text) > SLOT:
-        raise ConfigError(f"the directory of {len(directory.bitmaps)} bitmaps takes {len(text)} bytes, more than there are")
+        raise ConfigError(
+            f"the directory of {len(directory.bitmaps)} bitmaps takes {len(text)} bytes, more than there are"
+        )
     return text
 
 
 def write_directory(fd: int, slot: Slot, directory: Directory, sync: Callable[[int], None] = os.fsync) -> Slot:
-    """Both copies, first the one that does not count in ``slot``; durable on return. OSError; ConfigError, and nothing was
-    written."""
+    """Both copies, first the one that does not count in ``slot``; durable on return. OSError; ConfigError, and nothing
+    was written."""
     text = encode_directory(directory)
     generation = slot.generation + 1
     record = HEADER.pack(MAGIC, VERSION, len(text), generation, _crc_of(VERSION, generation, text)) + text
-    for index in (1 - slot.index, slot.index):
+    for index in (1 - slot.number, slot.number):
         step(f"copy {index}")
-        # Whoever dies in here leaves this copy torn, and the other whole: first as it was before the change, which nobody
-        # has acted on yet, then as it is after it.
+        # Whoever dies in here leaves this copy torn, and the other whole: first as it was before the change, which
+        # nobody has acted on yet, then as it is after it.
         write_all(fd, record, index * SLOT)
         step(f"copy {index} written")
         # Without this the machine could write the second copy, and tear it, before the first is on storage.
         sync(fd)
-    return Slot(slot.index, generation, directory)
+    return Slot(slot.number, generation, directory)
 
 
 def write_all(fd: int, data: bytes, offset: int) -> None:

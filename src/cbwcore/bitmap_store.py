@@ -1,10 +1,9 @@
 """The sidecar file of a disk: persistent bitmaps that survive ``kill -9``, and are never silently short.
 
-While the disk is open the bits of its bitmaps are the file's pages (MAP_SHARED): what a guest write records is in the page
-cache before the write reaches the disk, and outlives the process. The machine's end is another matter. Then the file says
-"in use" in the name of a boot that is over, and the bitmaps are inconsistent. What the directory says of them is changed
-before whatever relies on it is done; each change is one `write_directory`, the moment it takes hold.
-"""
+While the disk is open the bits of its bitmaps are the file's pages (MAP_SHARED): what a guest write records is in the
+page cache before the write reaches the disk, and outlives the process. The machine's end is another matter. Then the
+file says "in use" in the name of a boot that is over, and the bitmaps are inconsistent. What the directory says of them
+is changed before whatever relies on it is done; each change is one `write_directory`, the moment it takes hold."""
 
 from __future__ import annotations
 
@@ -55,7 +54,8 @@ def default_path(disk_path: str, disk: BlockFile) -> str | None:
 def open_store(path: str, disk: BlockFile, *, read_only: bool) -> BitmapStore | None:
     """The file at ``path``, locked, its bitmaps still to be loaded; None where there is none.
 
-    UnusableError where it is damaged, or of another disk, or of another size; StateError where it is in use; OSError."""
+    UnusableError where it is damaged, or of another disk, or of another size; StateError where it is in use;
+    OSError."""
     try:
         fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | OPEN_FLAGS)
     except FileNotFoundError:
@@ -81,7 +81,8 @@ def open_store(path: str, disk: BlockFile, *, read_only: bool) -> BitmapStore | 
 
 
 def create_store(path: str, disk: BlockFile) -> BitmapStore:
-    """A new file at ``path``, in use, with no bitmap in it; it takes the place of what was there. OSError, StateError."""
+    """A new file at ``path``, in use, with no bitmap in it; it takes the place of what was there. OSError,
+    StateError."""
     partial = path + ".partial"
     fd = os.open(partial, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600)
     with contextlib.ExitStack() as undo:
@@ -94,8 +95,8 @@ def create_store(path: str, disk: BlockFile) -> BitmapStore:
             os.posix_fallocate(fd, 0, AREAS)
             slot = write_directory(fd, Slot(0, 0, directory), directory)
             bitmap_file.step("new file written")
-            # Up to here a death leaves a .partial, which the next one starts again; from here the whole file. It is empty,
-            # and says so, until a bitmap is added.
+            # Up to here a death leaves a .partial, which the next one starts again; from here the whole file. It is
+            # empty, and says so, until a bitmap is added.
             os.rename(partial, path)
         except OSError as e:
             raise OSError(e.errno, e.strerror, path) from None
@@ -151,7 +152,8 @@ class BitmapStore:
     # ---- opening ----
 
     def check_size(self, size: int) -> None:
-        """UnusableError where the disk has another size; its bitmaps are then inconsistent, also when it is changed back."""
+        """UnusableError where the disk has another size; its bitmaps are then inconsistent, also when it is changed
+        back."""
         directory = self._slot.directory
         if directory.size == size:
             return
@@ -161,8 +163,8 @@ class BitmapStore:
         raise UnusableError(f"{self.path}: {why} to {size}")
 
     def load(self, name: str, bitmap: BitmapCore) -> None:
-        """Let ``bitmap`` have the bits of an entry, all of them: also those that a job's successor has recorded. Where they
-        mean nothing, its ``inconsistent`` says why."""
+        """Let ``bitmap`` have the bits of an entry, all of them: also those that a job's successor has recorded. Where
+        they mean nothing, its ``inconsistent`` says why."""
         entry = self._entries[name]
         why = entry.inconsistent or self._what_happened() or self._cut(entry)
         if why is None:
@@ -198,8 +200,8 @@ class BitmapStore:
         return None if max(ends) <= os.fstat(self._fd).st_size else "the bitmap file is cut off"
 
     def _recover(self, entry: Entry, job: Job, bitmap: BitmapCore) -> None:
-        """The end of a job whose process died. Whoever dies in here does it again: the directory still has the job, and the
-        successor is not changed."""
+        """The end of a job whose process died. Whoever dies in here does it again: the directory still has the job, and
+        the successor is not changed."""
         successor = BitmapCore(bitmap.size, entry.granularity.bit_length() - 1)
         successor._map_file(self._fd, job.offset, shared=False)
         if job.state == "succeeded":
@@ -219,19 +221,22 @@ class BitmapStore:
     def begin_use(self) -> None:
         """All bitmaps are loaded: say that they are in use. OSError.
 
-        Durable before the first guest write is recorded, or the machine's end could leave a file that seems clean and lacks
-        it. Whoever dies before has written nothing."""
+        Durable before the first guest write is recorded, or the machine's end could leave a file that seems clean and
+        lacks it. Whoever dies before has written nothing."""
         self._write([msgspec.structs.replace(entry, crc=None) for entry in self.entries])
         while self._garbage:
             self.free(self._garbage.pop())
 
     # ---- changes ----
 
-    def add(self, bitmap: BitmapCore, name: str, *, enabled: bool) -> None:
-        """A new bitmap, whose bits are the file's from here on. OSError, ConfigError, StateError; then nothing is changed."""
+    def add(self, bitmap: BitmapCore, name: str, *, enabled: bool, content: BitmapCore | None = None) -> None:
+        """A new bitmap, whose bits are the file's from here on, and at first those of ``content``. OSError,
+        ConfigError, StateError; then nothing is changed."""
         area = self._allocate(bitmap, name)
         with self._given_back(bitmap, area):
-            # Whoever dies before has leaked an area that no directory names; after, the bitmap is there, and empty.
+            if content is not None:
+                bitmap._merge(content)
+            # Whoever dies before has leaked an area that no directory names; after, the bitmap is there, with its bits.
             entry = Entry(name, bitmap.granularity, enabled, None, area.offset, area.length)
             self._write([*self.entries, entry])
 
@@ -244,15 +249,15 @@ class BitmapStore:
         return Area(entry.offset, entry.length)
 
     def change(self, name: str, **fields: Any) -> None:
-        """Other ``enabled``, ``since`` or ``job``; nothing where they are so already. OSError, StateError; then nothing is
-        changed."""
+        """Other ``enabled``, ``since`` or ``job``; nothing where they are so already. OSError, StateError; then nothing
+        is changed."""
         changed = msgspec.structs.replace(self._entries[name], **fields)
         if changed != self._entries[name]:
             self._write([changed if each.name == name else each for each in self.entries])
 
     def begin_job(self, name: str, successor: BitmapCore) -> None:
-        """From T0 on, which comes after this, the successor records instead: an area of its own, which the directory knows
-        before a guest write can be in it alone. OSError, ConfigError, StateError; then nothing is changed."""
+        """From T0 on, which comes after this, the successor records instead: an area of its own, which the directory
+        knows before a guest write can be in it alone. OSError, ConfigError, StateError; then nothing is changed."""
         area = self._allocate(successor, name)
         with self._given_back(successor, area):
             self.change(name, job=Job("running", area.offset))
@@ -264,14 +269,16 @@ class BitmapStore:
         self.change(name, job=Job("succeeded", job.offset, since))
 
     def end_job(self, name: str, since: str | None) -> Area:
-        """The bitmap records again and has all that it is to have; the successor's area is to be freed when it has ended."""
+        """The bitmap records again and has all that it is to have; the successor's area is to be freed when it has
+        ended."""
         entry = self._entries[name]
         assert entry.job is not None
         self.change(name, job=None, since=since)
         return Area(entry.job.offset, entry.length)
 
     def free(self, area: Area) -> None:
-        """Give the space back, of which no directory knows any more. What cannot be given back is used again at least."""
+        """Give the space back, of which no directory knows any more. What cannot be given back is used again at
+        least."""
         bitmap_file.step("free")
         if not self.read_only:
             with contextlib.suppress(OSError):
@@ -345,11 +352,11 @@ class BitmapStore:
         try:
             self._slot = write_directory(self._fd, self._slot, directory)
         except OSError as e:
-            # What a failed fsync has lost it does not tell again. So this process never calls the file clean; and so that
-            # its own death finds the file as it was, that is what the page cache gets to have.
+            # What a failed fsync has lost it does not tell again. So this process never calls the file clean; and so
+            # that its own death finds the file as it was, that is what the page cache gets to have.
             self.failed = f"{e.strerror}"
             logger.error("%s: %s; from here on only bits are recorded in it", self.path, e.strerror)
-            again = Slot(self._slot.index, self._slot.generation + 1, before)
+            again = Slot(self._slot.number, self._slot.generation + 1, before)
             with contextlib.suppress(OSError):
                 write_directory(self._fd, again, before, sync=lambda fd: None)
             raise OSError(e.errno, e.strerror, self.path) from None
@@ -358,8 +365,8 @@ class BitmapStore:
     # ---- the end ----
 
     def close(self, bitmaps: Mapping[str, BitmapCore], *, clean: bool) -> None:
-        """No guest write comes any more. ``bitmaps``: those of the file by name, which keep their bits in memory, and include
-        what successors had. ``clean``: everything went well so far; else the file stays in use. OSError."""
+        """No guest write comes any more. ``bitmaps``: those of the file by name, which keep their bits in memory, and
+        include what successors had. ``clean``: everything went well so far; else the file stays in use. OSError."""
         with contextlib.ExitStack() as steps:  # backwards
             steps.callback(self._let_go)
             for bitmap in bitmaps.values():
@@ -368,17 +375,20 @@ class BitmapStore:
                 self._finish(bitmaps)
 
     def _finish(self, bitmaps: Mapping[str, BitmapCore]) -> None:
-        # The disk first: a bit that a commit has cleared says that a backup has these data, and after the machine's end the
-        # disk must still have them, too. Then mtime_ns is also what the next boot finds.
+        # The disk first: a bit that a commit has cleared says that a backup has these data, and after the machine's end
+        # the disk must still have them, too. Then mtime_ns is also what the next boot finds.
         bitmap_file.step("sync disk")
         try:
             os.fsync(self._disk_fd)
         except OSError as e:
-            raise OSError(e.errno, f"{e.strerror}: the disk was not flushed, its bitmaps stay in use", self.path) from None
+            raise OSError(
+                e.errno, f"{e.strerror}: the disk was not flushed, its bitmaps stay in use", self.path
+            ) from None
         crcs = {name: checksum(memoryview(bitmap)) for name, bitmap in bitmaps.items() if bitmap.inconsistent is None}
         entries = [msgspec.structs.replace(each, crc=crcs.get(each.name), job=None) for each in self.entries]
         bitmap_file.step("sync bits")
-        # Durable before the directory calls them clean. (Its own first fsync would do it with the first copy's, in any order.)
+        # Durable before the directory calls them clean. (Its own first fsync would do it with the first copy's, in any
+        # order.)
         os.fsync(self._fd)
         self._write(entries, in_use=False, mtime_ns=self._mtime_ns())
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from cbwcore._cbwcore import DiskCore
-from cbwcore.bitmaps import Bitmaps, DirtyBitmap
+from cbwcore.bitmaps import DirtyBitmap
+from cbwcore.disk_bitmaps import Bitmaps
 from cbwcore.engines import choose_engine
 from cbwcore.extents import Extent, check_bitmap, check_range, walk
 from cbwcore.files import open_disk
@@ -31,10 +32,9 @@ class Disk(DiskCore):
     ``direct``: O_DIRECT; any offset, length and memory still work (R13). ``io``: "auto", "psync" or "io_uring".
     The disk is locked: for this object alone, or, where ``read_only``, against writers. OSError, ConfigError.
 
-    ``bitmaps``: the file of its persistent bitmaps, by default ``path`` with ``.cbw-bitmaps`` appended, and none for a block
-    device. Where it is there its bitmaps are loaded, and record again; where it is damaged or of another disk,
-    ``disk.bitmaps.problem`` says so. StateError where another process or disk has it.
-    """
+    ``bitmaps``: the file of its persistent bitmaps, by default ``path`` with ``.cbw-bitmaps`` appended, and none for a
+    block device. Where it is there its bitmaps are loaded, and record again; where it is damaged or of another disk,
+    ``disk.bitmaps.problem`` says so. StateError where another process or disk has it."""
 
     def __init__(
         self,
@@ -140,8 +140,8 @@ class Disk(DiskCore):
     def close(self) -> None:
         """Close the snapshots, let requests under way finish, close the disk, then its bitmaps. Again does nothing.
 
-        It does not flush, unless there are persistent bitmaps, which are clean only if the disk is safe. All of it happens,
-        whatever fails; then the error is raised: OSError of a close, or of the flush."""
+        It does not flush, unless there are persistent bitmaps, which are clean only if the disk is safe. All of it
+        happens, whatever fails; then the error is raised: OSError of a close, or of the flush."""
         if self._forked():
             return
         self._closing = True

@@ -31,9 +31,9 @@ __all__ = ["Freeze"]
 class Freeze:
     """A bitmap of a disk's from before T0 until `commit`, `merge` or `release`, which each end it, once.
 
-    Made under the disk's ``_admin``, as it is armed. A bitmap in memory that does not record has no successor; a persistent
-    one has one in any case, as the file's word for what the job leaves. ConfigError where another job has the bitmap;
-    StateError where it is inconsistent; OSError of its file."""
+    Made under the disk's ``_admin``, as it is armed. A bitmap in memory that does not record has no successor; a
+    persistent one has one in any case, as the file's word for what the job leaves. ConfigError where another job has
+    the bitmap; StateError where it is inconsistent; OSError of its file."""
 
     def __init__(self, disk: Disk, bitmap: DirtyBitmap) -> None:
         if bitmap._disk is not disk:
@@ -70,8 +70,8 @@ class Freeze:
     def commit(self, since: str | None) -> None:
         """What the bitmap had at T0 is in the backup ``since``: have only what was written from then on.
 
-        Of a persistent bitmap it is durable on return. OSError, StateError where its file cannot say so, ValueError where
-        the disk is closed; then nothing has changed, and `merge` is what is left."""
+        Of a persistent bitmap it is durable on return. OSError, StateError where its file cannot say so, ValueError
+        where the disk is closed; then nothing has changed, and `merge` is what is left."""
         with self._ending():
             self._settle(since)
 
@@ -128,8 +128,8 @@ class Freeze:
         try:
             area = self._store.end_job(self.bitmap.name, since)
         except (OSError, StateError):
-            # The store has logged it, and writes no more: the file goes on to say "running", or "succeeded". So that either
-            # is right until the disk is closed, the successor has all that the bitmap has, and records on.
+            # The store has logged it, and writes no more: the file goes on to say "running", or "succeeded". So that
+            # either is right until the disk is closed, the successor has all that the bitmap has, and records on.
             if self._records and not self.disk.closed:
                 self.successor._record(self.disk)
             self.successor._merge(self.bitmap)

@@ -54,7 +54,8 @@ def _name_of_device(node: str, number: int) -> str:
 
 
 def _of_loop(fd: int, node: str, start: int) -> str:
-    """The file's inode is the kernel's word; its name may be gone or another file's, and then there is no birth time."""
+    """The file's inode is the kernel's word; its name may be gone or another file's, and then there is no birth
+    time."""
     dev, inode, _, offset = struct.unpack_from("QQQQ", fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO_SIZE)))
     born = None
     try:
