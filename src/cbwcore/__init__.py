@@ -17,6 +17,7 @@ from cbwcore.errors import (
     StateError,
 )
 from cbwcore.extents import Extent
+from cbwcore.images.restore import restore, verify_backup
 from cbwcore.limits import limits
 from cbwcore.nbd import NbdLimits, NbdServer, TlsConfig
 from cbwcore.options import SnapshotOptions
@@ -44,7 +45,9 @@ __all__ = [
     "StateError",
     "TlsConfig",
     "limits",
+    "restore",
     "snapshot_group",
+    "verify_backup",
 ]
 __version__ = "0.1.0"
 
