@@ -72,7 +72,7 @@ def layout(rng, size, *, data=0.5):
 
 
 def changed(rng, content, share=0.3):
-    """Another content, and the clusters (their indices) that were written, some of them with the bytes that they had."""
+    """Another content, and the indices of the clusters that were written, some of them with the bytes that they had."""
     new = bytearray(content)
     dirty = []
     for index in range(-(-len(content) // UNIT)):

@@ -16,6 +16,7 @@ from cbwcore.backup.options import UNIT, BackupOptions, BitmapMode, Sync
 from cbwcore.backup.plan import Plan, plan_all, plan_dirty
 from cbwcore.bitmaps import DirtyBitmap
 from cbwcore.errors import ConfigError
+from cbwcore.files import check_kind, overlap, storage
 from cbwcore.identity import identify
 from cbwcore.images.manifest import BackupFacts, BitmapUse, Source, iso_time
 from cbwcore.images.output import Output, open_output
@@ -90,6 +91,7 @@ def make_ready(disk: Disk, options: BackupOptions, undo: contextlib.ExitStack) -
     if options.sync != Sync.NONE:
         if options.fleece is not None and os.path.realpath(options.fleece) == os.path.realpath(options.target):
             raise ConfigError(f"target {os.fspath(options.target)} is the fleecing target, too")
+        check_not_the_disk(disk, options.target)
         layered = decision.sync != Sync.FULL
         fleece_is_there = options.fleece is not None and os.path.exists(options.fleece)
         output = open_output(
@@ -101,13 +103,26 @@ def make_ready(disk: Disk, options: BackupOptions, undo: contextlib.ExitStack) -
             layered=layered,
             overwrite=options.overwrite,
             manifest=options.manifest,
-            apart=[f"/proc/self/fd/{disk._file.fd}", *([options.fleece] if fleece_is_there else [])],
+            apart=[options.fleece] if fleece_is_there else [],
         )
         undo.callback(output.abort)
         if options.fleece is not None and not fleece_is_there:
             clean_up.callback(os.unlink, options.fleece)
     bitmap = take_bitmap(disk, options, decision, undo)
     return Ready(disk, options, decision, bitmap, output, clean_up, uuid.uuid4().hex)
+
+
+def check_not_the_disk(disk: Disk, target: str | os.PathLike[str]) -> None:
+    """By what they are stored in: the disk may have another name by now. ConfigError."""
+    if not os.path.exists(target):
+        return
+    fd = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        check_kind(fd, target)
+        if overlap(storage(fd), storage(disk._file.fd)):
+            raise ConfigError(f"target {os.fspath(target)} is the disk itself")
+    finally:
+        os.close(fd)
 
 
 def wanted_of(ready: Ready) -> Wanted:

@@ -26,7 +26,7 @@ from cbwcore.images.qcow2_reader import Qcow2Reader
 from cbwcore.images.raw_reader import RawReader
 from cbwcore.images.workers import work_through
 
-__all__ = ["NOBODY", "Chain", "Member", "open_chain"]
+__all__ = ["NOBODY", "Chain", "Member", "ancestors", "open_chain"]
 
 Path = str | os.PathLike[str]
 Told = Callable[[int], object]
@@ -176,9 +176,9 @@ def open_chain(image: Path, manifest: Path | None = None) -> Chain:
 
 def read_parent(above: str, path: str, wanted: str) -> Manifest:
     """The manifest of the parent of ``above``, which must be the backup ``wanted``. StateError."""
-    if not os.path.exists(path):
+    if is_missing(path):
         raise StateError(f"{path}, the parent of {above} (backup {wanted}), is missing")
-    if not os.path.exists(manifest_path(path)):
+    if is_missing(manifest_path(path)):
         raise StateError(f"{path}, the parent of {above} (backup {wanted}), is no finished backup: it has no manifest")
     found = read_manifest(path)
     if found.id != wanted:
@@ -186,9 +186,34 @@ def read_parent(above: str, path: str, wanted: str) -> Manifest:
     return found
 
 
+def is_missing(path: str) -> bool:
+    """Whether there is nothing at ``path``; OSError where that cannot be told."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    return False
+
+
+def ancestors(image: str) -> list[str]:
+    """The files of a backup and of its parents, as far as the manifests tell; nothing is opened or checked."""
+    found: list[str] = []
+    path = os.path.realpath(image)
+    while path not in found:
+        found.append(path)
+        try:
+            parent = read_manifest(path).parent
+        except (StateError, OSError):
+            break
+        if parent is None:
+            break
+        path = os.path.realpath(os.path.join(os.path.dirname(path), parent.file))
+    return found
+
+
 def open_member(path: str, manifest: Manifest) -> Member:
     """Open one image; its header and size must be those of its manifest. StateError, OSError."""
-    if not os.path.exists(path):
+    if is_missing(path):
         raise StateError(f"{path} is missing: only its manifest is there")
     with named(path), closed_on_error(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as fd:
         mode = os.fstat(fd).st_mode

@@ -134,9 +134,21 @@ def decode_manifest(document: bytes, where: str) -> Manifest:
     if fields.get("version") != VERSION:
         raise StateError(f"{where} is of version {str(fields.get('version'))[:20]}; this cbwcore reads {VERSION}")
     try:
-        return msgspec.convert(fields, Manifest)
+        found = msgspec.convert(fields, Manifest)
     except msgspec.ValidationError as e:
         raise StateError(f"{where} is damaged: {e}") from e
+    if found.parent is not None and not _is_name(found.parent.file):
+        raise StateError(f"{where} is damaged: its parent has no file's name")
+    return found
+
+
+def _is_name(text: str) -> bool:
+    """Whether a file can have that name."""
+    try:
+        name = os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return len(name) > 0 and b"\0" not in name
 
 
 def read_manifest(image: Path, manifest: Path | None = None) -> Manifest:

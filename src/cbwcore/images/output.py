@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from typing import Literal, Protocol, Self
 
 from cbwcore.errors import ConfigError
+from cbwcore.images.chain import ancestors
 from cbwcore.images.digest import UNIT, ContentDigest, Piece, records
 from cbwcore.images.fileio import named, sync, write_all
 from cbwcore.images.manifest import (
@@ -281,7 +282,7 @@ def open_output(
     if manifest is not None and not is_device:
         raise ConfigError(f"{name} is a file: its manifest lies beside it, and nowhere else")
     parent = None if backing is None else _parent(name, size, os.fsdecode(backing))
-    check_apart(name, [*apart, *([] if backing is None else [backing])])
+    check_apart(name, [*apart, *([] if backing is None else ancestors(os.fsdecode(backing)))])
     image = Image(file=os.path.basename(name), format=format, cluster_size=UNIT, compression=compress, bytes=0)
     with contextlib.ExitStack() as undo:
         sidecar_path = manifest_path(name) if not is_device else None if manifest is None else os.fsdecode(manifest)

@@ -28,8 +28,8 @@ __all__ = ["CheckedImage", "RestoreResult", "VerifyResult", "restore", "verify_b
 
 Path = str | os.PathLike[str]
 Progress = Callable[[str, int, int], object]
-"""Called with what is being done ("check", "restore", "verify"), the bytes done and the bytes in all; by any thread, one
-at a time."""
+"""Called with what is being done ("check", "restore", "verify"), the bytes done, the bytes in all; by one thread at a
+time."""
 
 
 class CheckedImage(msgspec.Struct, frozen=True, kw_only=True):

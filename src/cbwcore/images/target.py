@@ -35,7 +35,10 @@ def check_apart(name: str, others: Iterable[Path]) -> None:
             return
         own = storage(fd)
         for other in others:
-            other_fd = os.open(other, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                other_fd = os.open(other, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
             try:
                 if overlap(own, storage(other_fd)) or os.path.samestat(os.fstat(fd), os.fstat(other_fd)):
                     raise ConfigError(f"{name} is {os.fsdecode(other)} itself, which is needed as it is")
