@@ -136,7 +136,9 @@ class Freeze:
             self.disk.bitmaps._ending.append(self.successor)
             return
         self.successor._record(None)
-        self.successor._unmap_file()
+        # Nobody uses the successor any more: where its pages cannot be had they stay the file's until it goes.
+        with contextlib.suppress(OSError):
+            self.successor._unmap_file()
         self._store.free(area)
 
     def _give_back(self) -> None:

@@ -40,6 +40,7 @@ class Ready(NamedTuple):
     output: Output | None
     clean_up: contextlib.ExitStack
     job_id: str
+    identity: str  # the disk's
 
 
 def backup_group(
@@ -63,12 +64,16 @@ def backup_group(
         with contextlib.ExitStack() as undo:
             ready = [make_ready(disk, each, undo) for disk, each in pairs]
             taken = take_snapshots([wanted_of(each) for each in ready])
+            created = time.time()
+            for each, found in zip(ready, taken, strict=True):
+                undo.callback(give_up, each, found)
+            jobs = [
+                BackupJob(each.disk, making(each, found, created), each.job_id, progress)
+                for each, found in zip(ready, taken, strict=True)
+            ]
             undo.pop_all()
-        created = time.time()
-        jobs = [
-            BackupJob(each.disk, making(each, found, created), each.job_id, progress)
-            for each, found in zip(ready, taken, strict=True)
-        ]
+        for job in jobs:
+            job.disk._jobs[job] = None
     for job in jobs:
         job.start()
     return jobs
@@ -109,7 +114,17 @@ def make_ready(disk: Disk, options: BackupOptions, undo: contextlib.ExitStack) -
         if options.fleece is not None and not fleece_is_there:
             clean_up.callback(os.unlink, options.fleece)
     bitmap = take_bitmap(disk, options, decision, undo)
-    return Ready(disk, options, decision, bitmap, output, clean_up, uuid.uuid4().hex)
+    return Ready(disk, options, decision, bitmap, output, clean_up, uuid.uuid4().hex, identify(disk._file.fd))
+
+
+def give_up(ready: Ready, taken: Taken) -> None:
+    """There was a T0, but there will be no job."""
+    if taken.freeze is not None:
+        taken.freeze.merge()
+    with contextlib.suppress(OSError):
+        taken.snapshot.close()
+    with contextlib.suppress(OSError):
+        ready.clean_up.close()
 
 
 def check_not_the_disk(disk: Disk, target: str | os.PathLike[str]) -> None:
@@ -169,7 +184,7 @@ def manifest_facts(ready: Ready, created: float) -> BackupFacts:
     return BackupFacts(
         id=ready.job_id,
         created=iso_time(created),
-        source=Source(path=os.path.abspath(disk.path), identity=identify(disk._file.fd)),
+        source=Source(path=os.path.abspath(disk.path), identity=ready.identity),
         sync=cast(Literal["full", "incremental", "bitmap"], sync.value),
         bitmap=None
         if bitmap is None

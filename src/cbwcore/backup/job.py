@@ -144,7 +144,6 @@ class BackupJob:
         self._began = time.monotonic()
         self._threads: set[threading.Thread] = set()
         self._ended = threading.Event()
-        disk._jobs[self] = None
 
     def __repr__(self) -> str:
         return f"<BackupJob {self.id} of {self.disk.path}, {self.status}, {self.offset} of {self.len} bytes>"
@@ -240,10 +239,15 @@ class BackupJob:
     # ---- its threads ----
 
     def start(self) -> None:
-        """Once, by whoever made it."""
+        """Once, by whoever made it. Where it can have no thread it has failed with that."""
         self._set_status(JobStatus.RUNNING)
-        if self.sync != Sync.NONE:
+        if self.sync == Sync.NONE:
+            return
+        try:
             self._start_thread(self._run)
+        except RuntimeError as e:
+            self._fail(OSError(errno.EAGAIN, f"backup job {self.id} has no thread: {e}"))
+            self._conclude()
 
     def join(self) -> None:
         """Wait for the end; at once if this is one of its threads (a callback)."""
@@ -253,7 +257,11 @@ class BackupJob:
     def _start_thread(self, run: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=run, name=f"backup {self.id[:8]}", daemon=True)
         self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            self._threads.discard(thread)
+            raise
         return thread
 
     def _run(self) -> None:
