@@ -18,7 +18,7 @@ from cbwcore._cbwcore import zero_units
 from cbwcore.errors import StateError
 from cbwcore.files import closed_on_error, lock
 from cbwcore.images.digest import UNIT, ContentDigest, Piece, records
-from cbwcore.images.fileio import named
+from cbwcore.images.fileio import close_after_sync, named
 from cbwcore.images.kinds import ABSENT, DATA, PIECE, WINDOW, ZERO, ImageReader, Run, runs
 from cbwcore.images.manifest import Manifest, manifest_path, read_manifest
 from cbwcore.images.qcow2 import Header, virtual_size
@@ -59,7 +59,7 @@ class Chain:
     def close(self) -> None:
         """Close the files."""
         for member in self.members:
-            os.close(member.fd)
+            close_after_sync(member.fd, member.path)
 
     @property
     def complete(self) -> bool:

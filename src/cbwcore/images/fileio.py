@@ -6,12 +6,15 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import stat
 import struct
 from collections.abc import Iterator, Sequence
 
-__all__ = ["named", "read_all", "sync", "write_all", "writev_all", "zero_range"]
+__all__ = ["close_after_sync", "named", "read_all", "sync", "write_all", "writev_all", "zero_range"]
+
+logger = logging.getLogger(__name__)
 
 BLKZEROOUT = 0x127F  # <linux/fs.h>
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # <linux/falloc.h>
@@ -71,6 +74,14 @@ def sync(fd: int) -> None:
     """Make all that was written durable; what only close() would report (NFS) is reported here, too. OSError."""
     os.fsync(fd)
     os.close(os.dup(fd))
+
+
+def close_after_sync(fd: int, path: str) -> None:
+    """Close what was made durable, or only read: an error here takes nothing back, and is told to the log alone."""
+    try:
+        os.close(fd)
+    except OSError as e:
+        logger.warning("closing %s: %s", path, e)
 
 
 def zero_range(fd: int, offset: int, length: int) -> None:

@@ -161,7 +161,7 @@ def read_manifest(image: Path, manifest: Path | None = None) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as e:
         raise StateError(f"{os.fspath(image)} is no finished backup: its manifest {where} is missing") from e
     with open(fd, "rb") as f:
-        document = f.read(MAX_BYTES + 1)
+        document = f.read(MAX_BYTES + 1) or b""  # None: of a pipe that has nothing yet
     if len(document) > MAX_BYTES:
         raise StateError(f"{where} is no manifest of a cbwcore backup: it is larger than {MAX_BYTES} bytes")
     return decode_manifest(document, where)

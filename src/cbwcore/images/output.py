@@ -24,7 +24,7 @@ from typing import Literal, Protocol, Self
 from cbwcore.errors import ConfigError
 from cbwcore.images.chain import ancestors
 from cbwcore.images.digest import UNIT, ContentDigest, Piece, records
-from cbwcore.images.fileio import named, sync, write_all
+from cbwcore.images.fileio import close_after_sync, named, sync, write_all
 from cbwcore.images.manifest import (
     BackupFacts,
     Image,
@@ -250,11 +250,12 @@ class Output:
                     file.withdraw()
 
     def _close(self) -> None:
+        """It is a backup, durably: errors here are told to the log alone."""
         for file in (self._file, self._sidecar):
             if file is not None:
-                file.close()
+                file.close_published()
         if self._file is None:
-            os.close(self._fd)
+            close_after_sync(self._fd, self.path)
 
 
 def open_output(

@@ -12,8 +12,8 @@ import os
 import stat
 
 from cbwcore.errors import ConfigError
-from cbwcore.files import lock
-from cbwcore.images.fileio import named
+from cbwcore.files import closed_on_error, lock
+from cbwcore.images.fileio import close_after_sync, named
 
 __all__ = ["PartialFile"]
 
@@ -78,9 +78,16 @@ class PartialFile:
             self.close()
 
     def close(self) -> None:
-        """Give the descriptors, and with them the lock, back."""
-        os.close(self.fd)
-        os.close(self._folder)
+        """Give the descriptors, and with them the lock, back. OSError; then both are closed all the same."""
+        try:
+            os.close(self.fd)
+        finally:
+            os.close(self._folder)
+
+    def close_published(self) -> None:
+        """The same, when it is published and durable: an error here takes nothing back."""
+        for fd in (self.fd, self._folder):
+            close_after_sync(fd, self.path)
 
     def _check_target(self) -> None:
         """Only a regular file, and only if it may be, is replaced: never a link, whatever it leads to."""
@@ -105,8 +112,9 @@ class PartialFile:
                 self._remove_leftover()
                 continue
             # Between its making and its locking another writer may have taken it for a leftover.
-            if lock(fd, exclusive=True) and self._is_partial(fd):
-                return fd
+            with closed_on_error(fd):
+                if lock(fd, exclusive=True) and self._is_partial(fd):
+                    return fd
             os.close(fd)
         raise ConfigError(f"{self.path} is in use: other writers come and go there")
 

@@ -16,7 +16,7 @@ from cbwcore._cbwcore import zero_units
 from cbwcore.errors import StateError
 from cbwcore.images.chain import NOBODY, Chain, open_chain, pieces_of
 from cbwcore.images.digest import UNIT, Piece
-from cbwcore.images.fileio import named
+from cbwcore.images.fileio import close_after_sync, named
 from cbwcore.images.kinds import ABSENT, PIECE, WINDOW, Run, runs
 from cbwcore.images.partial import PartialFile
 from cbwcore.images.raw_output import RawDevice, RawFile
@@ -217,14 +217,15 @@ class File:
         self._file.discard()
 
     def close(self) -> None:
-        """Give the descriptors back."""
-        self._file.close()
+        """Give the descriptors back; it is published."""
+        self._file.close_published()
 
 
 class Device:
     """A block device."""
 
     def __init__(self, name: str, size: int) -> None:
+        self._name = name
         self.fd = open_device(name, size)
         self.store: RawFile | RawDevice
         self._begun = False
@@ -251,8 +252,8 @@ class Device:
             self.close()
 
     def close(self) -> None:
-        """Give the descriptor back."""
-        os.close(self.fd)
+        """Give the descriptor back; what was written is durable."""
+        close_after_sync(self.fd, self._name)
 
 
 def write(chain: Chain, place: File | Device, progress: Progress | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
@@ -35,16 +36,20 @@ def work_through(pieces: Iterator[T], work: Callable[[T, memoryview], None], buf
             errors.append(e)
 
     count = min(len(os.sched_getaffinity(0)), MOST_THREADS)
-    threads = [threading.Thread(target=run, name="cbwcore-image", daemon=True) for _ in range(count)]
+    threads: list[threading.Thread] = []
     try:
-        for thread in threads:
-            thread.start()
+        with contextlib.suppress(RuntimeError):  # no more threads to be had: those that there are do it
+            for _ in range(count):
+                thread = threading.Thread(target=run, name="cbwcore-image", daemon=True)
+                thread.start()
+                threads.append(thread)
+        if not threads:
+            run()
         for thread in threads:
             thread.join()
-    except BaseException as e:  # KeyboardInterrupt, or no more threads
+    except BaseException as e:  # KeyboardInterrupt
         errors.append(e)
         for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+            thread.join()
     if errors:
         raise errors[0]
