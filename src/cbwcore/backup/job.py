@@ -27,6 +27,7 @@ from cbwcore.backup.plan import Plan, Span
 from cbwcore.bitmaps import DirtyBitmap
 from cbwcore.errors import CbwError, ConfigError, JobCancelledError
 from cbwcore.freeze import Freeze
+from cbwcore.images.chain import check_stored
 from cbwcore.images.digest import Piece
 from cbwcore.images.manifest import BackupFacts, Manifest
 from cbwcore.images.output import Output
@@ -404,7 +405,8 @@ class BackupJob:
         self._close_snapshot()
         manifest = None
         if self._output is not None and self._making.facts is not None:
-            manifest = self._output.finish(self._making.facts)
+            check = check_stored if self.options.verify else None
+            manifest = self._output.finish(self._making.facts, check=check)
         bitmap_error = self._settle_bitmap()
         self._result = BackupResult(
             id=self.id,
