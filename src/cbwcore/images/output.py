@@ -241,12 +241,12 @@ class Output:
                 sync(self._sidecar.fd)
 
     def _publish(self) -> None:
-        """The image's name comes last: from then on there is a backup. One folder, or a manifest of a device."""
+        """The image's name comes last: from then on there is a backup. Both are in one folder."""
         files = [file for file in (self._sidecar, self._file) if file is not None]
         for file in files:
             file.publish()
-        for file in files:
-            file.sync_folder()
+        if files:
+            files[-1].sync_folder()
 
     def _withdraw(self) -> None:
         """Take the names back at once; errors here come after one that is being told."""

@@ -15,11 +15,16 @@ from cbwcore.errors import ConfigError
 from cbwcore.files import lock
 from cbwcore.images.fileio import named
 
-__all__ = ["PartialFile"]
+__all__ = ["PartialFile", "partial_name"]
 
 SUFFIX = ".partial"
 RENAME_NOREPLACE = 1  # <linux/fs.h>
 TRIES = 100  # at a name that others take and give up all the time
+
+
+def partial_name(path: str) -> str:
+    """Where the file that is to be ``path`` is until then."""
+    return path + SUFFIX
 
 
 class PartialFile:
@@ -34,7 +39,7 @@ class PartialFile:
         folder, self.name = os.path.split(path)
         if not self.name:
             raise ConfigError(f"{path!r} names no file")
-        self._partial = self.name + SUFFIX
+        self._partial = partial_name(self.name)
         with named(folder or "."), contextlib.ExitStack() as undo:
             self._folder = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             undo.callback(os.close, self._folder)

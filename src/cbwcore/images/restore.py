@@ -130,7 +130,7 @@ def restore(
         check(chain, progress)
         with named(name):
             place.begin(chain.size)
-        written = write(chain, place, progress)
+        written = write(chain, place, name, progress)
         with named(name):
             place.seal()
         if verify:
@@ -255,7 +255,7 @@ class Device:
         os.close(self.fd)
 
 
-def write(chain: Chain, place: File | Device, progress: Progress | None) -> int:
+def write(chain: Chain, place: File | Device, name: str, progress: Progress | None) -> int:
     """Write what the chain stores, and nothing where that is zeroes; the bytes that were written."""
     meter = Meter(progress, "restore", sum(run.length for run in chain.data_runs()))
     skipped = Meter(None, "", 0)
@@ -271,7 +271,8 @@ def write(chain: Chain, place: File | Device, progress: Progress | None) -> int:
         view = buffer[: run.length]
         chain.read_into(view, run)
         zeroes = zero_units(view, UNIT)
-        place.store.write(piece, view, zeroes)
+        with named(name):
+            place.store.write(piece, view, zeroes)
         skipped.add(min(zeroes.count(1) * UNIT, run.length))
         meter.add(run.length)
 
