@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import google_crc32c
@@ -37,6 +36,11 @@ PIECE = 1 << 20
 
 def step(what: str) -> None:
     """For tests, which put a function in its place that ends the process here."""
+
+
+def sync(fd: int) -> None:
+    """Make all that was written durable, mapped pages included; for tests to watch. OSError."""
+    os.fsync(fd)
 
 
 class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -180,20 +184,21 @@ def encode_directory(directory: Directory) -> bytes:
     return text
 
 
-def write_directory(fd: int, slot: Slot, directory: Directory, sync: Callable[[int], None] = os.fsync) -> Slot:
+def write_directory(fd: int, slot: Slot, directory: Directory, *, durable: bool = True) -> Slot:
     """Both copies, first the one that does not count in ``slot``; durable on return. OSError; ConfigError, and nothing
     was written."""
     text = encode_directory(directory)
     generation = slot.generation + 1
     record = HEADER.pack(MAGIC, VERSION, len(text), generation, _crc_of(VERSION, generation, text)) + text
-    for index in (1 - slot.number, slot.number):
-        step(f"copy {index}")
+    for number in (1 - slot.number, slot.number):
         # Whoever dies in here leaves this copy torn, and the other whole: first as it was before the change, which
         # nobody has acted on yet, then as it is after it.
-        write_all(fd, record, index * SLOT)
-        step(f"copy {index} written")
+        step(f"copy {number}")
+        write_all(fd, record, number * SLOT)
+        step(f"copy {number} written")
         # Without this the machine could write the second copy, and tear it, before the first is on storage.
-        sync(fd)
+        if durable:
+            sync(fd)
     return Slot(slot.number, generation, directory)
 
 

@@ -295,7 +295,7 @@ class BitmapStore:
             bitmap_file.step("area allocated")
             # Durable before a directory names it: else the machine's end could leave what was there before as bits. (It
             # leaves them inconsistent, too; but no promise should lean on another.)
-            os.fsync(self._fd)
+            bitmap_file.sync(self._fd)
         except OSError as e:
             with contextlib.suppress(OSError):
                 punch_hole(self._fd, *area)
@@ -358,7 +358,7 @@ class BitmapStore:
             logger.error("%s: %s; from here on only bits are recorded in it", self.path, e.strerror)
             again = Slot(self._slot.number, self._slot.generation + 1, before)
             with contextlib.suppress(OSError):
-                write_directory(self._fd, again, before, sync=lambda fd: None)
+                write_directory(self._fd, again, before, durable=False)
             raise OSError(e.errno, e.strerror, self.path) from None
         self._entries = {entry.name: entry for entry in entries}
 
@@ -379,7 +379,7 @@ class BitmapStore:
         # the disk must still have them, too. Then mtime_ns is also what the next boot finds.
         bitmap_file.step("sync disk")
         try:
-            os.fsync(self._disk_fd)
+            bitmap_file.sync(self._disk_fd)
         except OSError as e:
             raise OSError(
                 e.errno, f"{e.strerror}: the disk was not flushed, its bitmaps stay in use", self.path
@@ -389,7 +389,7 @@ class BitmapStore:
         bitmap_file.step("sync bits")
         # Durable before the directory calls them clean. (Its own first fsync would do it with the first copy's, in any
         # order.)
-        os.fsync(self._fd)
+        bitmap_file.sync(self._fd)
         self._write(entries, in_use=False, mtime_ns=self._mtime_ns())
 
     def abandon(self) -> None:
