@@ -32,6 +32,7 @@ SLOT = 512 << 10  # bytes of a copy
 AREAS = 2 * SLOT  # where the first area may begin
 PAGE = 4096
 PIECE = 1 << 20
+SPARE = 512  # bytes of JSON that a bitmap may come to need: for a job, an epoch, a checksum
 
 
 def step(what: str) -> None:
@@ -174,10 +175,10 @@ def _check_directory(directory: Directory) -> None:
         end = offset + length
 
 
-def encode_directory(directory: Directory) -> bytes:
-    """The JSON. ConfigError where it has no room in the file."""
+def encode_directory(directory: Directory, spare: int = 0) -> bytes:
+    """The JSON. ConfigError where it, and ``spare`` bytes for each bitmap, have no room in the file."""
     text = msgspec.json.encode(directory)
-    if HEADER.size + len(text) > SLOT:
+    if HEADER.size + len(text) + spare * len(directory.bitmaps) > SLOT:
         raise ConfigError(
             f"the directory of {len(directory.bitmaps)} bitmaps takes {len(text)} bytes, more than there are"
         )
