@@ -65,8 +65,9 @@ def test_who_is_in_a_chain(place, chain):
     with open_chain(place / "tue") as found:
         assert [os.path.basename(m.path) for m in found.members] == ["tue", "mon", "full"]
         assert found.complete
-    assert ancestors(str(place / "tue")) == [str(place / name) for name in ("tue", "mon", "full")]
-    assert ancestors(str(place / "none")) == [str(place / "none")]
+    names = ("tue", "tue.cbw.json", "mon", "mon.cbw.json", "full", "full.cbw.json")
+    assert ancestors(str(place / "tue")) == [str(place / name) for name in names]
+    assert ancestors(str(place / "none")) == [str(place / "none"), str(place / "none.cbw.json")]
 
 
 @pytest.mark.parametrize("name", ["full", "mon"])

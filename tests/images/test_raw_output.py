@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 import images_support
 import pytest
@@ -209,7 +210,7 @@ def test_it_is_none_of_the_files_that_are_needed(place, unchanged):
                     overwrite=True,
                     apart=[place / "disk", place / "fleece", place / "none", place / "raw.partial"],
                 )
-        for name in ("mon", "full"):
+        for name in ("mon", "full", "full.cbw.json"):
             with pytest.raises(ConfigError, match="itself, which is needed"):
                 open_output(
                     place / name, size=UNIT, format="qcow2", layered=True, overwrite=True, backing=place / "mon"
@@ -364,6 +365,27 @@ def test_a_gap_that_could_not_be_zeroed_is_tried_again(device, monkeypatch):
         out.write(piece, memoryview(b"\1" * UNIT), b"\0")
         out.finish(images_support.facts())
     assert read(node) == bytes(8 * UNIT) + b"\1" * UNIT + bytes(7 * UNIT)
+
+
+def test_pieces_that_threads_begin_side_by_side(device, in_threads):
+    """No piece is in a gap before another."""
+    node = device(4 * MIB)
+    with open_output(node, size=4 * MIB, format="raw") as out:
+        offsets = iter(range(0, 4 * MIB, 2 * UNIT))
+        lock = threading.Lock()
+
+        def run():
+            while True:
+                with lock:
+                    offset = next(offsets, None)
+                    if offset is None:
+                        return
+                    piece = out.begin(offset, UNIT)
+                out.write(piece, memoryview(b"\1" * UNIT), b"\0")
+
+        in_threads(*[run] * 6)
+        out.finish(images_support.facts())
+    assert read(node) == (b"\1" * UNIT + bytes(UNIT)) * 32
 
 
 def test_devices_that_are_refused(place, device):

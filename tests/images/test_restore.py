@@ -74,7 +74,7 @@ def test_a_file_that_is_there(place, chain):
     assert read(place / "new") == chain
 
 
-@pytest.mark.parametrize("name", ["full", "inc", "link"])
+@pytest.mark.parametrize("name", ["full", "inc", "link", "full.cbw.json"])
 def test_it_is_none_of_the_chain(place, chain, name, unchanged):
     os.link(place / "full", place / "link")
     with unchanged(), pytest.raises(ConfigError, match="itself, which is needed"):

@@ -80,9 +80,9 @@ class Chain:
         for member in reversed(self.members):
             check_digest(member, told)
 
-    def windows(self) -> range:
-        """The windows of the disk."""
-        return range(-(-self.size // WINDOW))
+    def windows(self) -> list[int]:
+        """The windows in which any of them stores anything, in order. OSError."""
+        return sorted({window for member in self.members for window in member.reader.windows()})
 
     def owners(self, window: int) -> NDArray[np.uint16]:
         """For each cluster of a window the index of the member whose data it is, or `NOBODY`. StateError, OSError."""
@@ -120,7 +120,7 @@ def content_digest(member: Member, told: Told) -> str:
     digest = ContentDigest(size, layered=layered)
 
     def pieces() -> Iterator[tuple[Piece, bool]]:
-        for window in range(-(-size // WINDOW)):
+        for window in member.reader.windows():
             for run in runs(member.reader.kinds(window), window * WINDOW, size):
                 if run.value == DATA:
                     for part in pieces_of(run):
@@ -191,11 +191,11 @@ def is_missing(path: str) -> bool:
 
 
 def ancestors(image: str) -> list[str]:
-    """The files of a backup and of its parents, as far as the manifests tell; nothing is opened or checked."""
+    """The files of a backup and of its parents, manifests too, as far as those tell; nothing is opened or checked."""
     found: list[str] = []
     path = os.path.realpath(image)
     while path not in found:
-        found.append(path)
+        found += [path, manifest_path(path)]
         try:
             parent = read_manifest(path).parent
         except (StateError, OSError):

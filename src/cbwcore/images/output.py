@@ -113,6 +113,7 @@ class Output:
         self._sidecar = sidecar
         self._digest = ContentDigest(size, layered=layered)
         self._lock = threading.Lock()  # of the two figures
+        self._beginning = threading.Lock()  # the store hears of pieces in their order, too
         self._completed = False
         self._ended = False
 
@@ -126,8 +127,9 @@ class Output:
         """Announce a piece, in order of offset, before it is dispatched. What no piece covers is not stored.
 
         ConfigError."""
-        piece = self._digest.begin(offset, length)
-        self._store.begin(piece)
+        with self._beginning:
+            piece = self._digest.begin(offset, length)
+            self._store.begin(piece)
         return piece
 
     def write(self, piece: Piece, view: memoryview, zeroes: bytes) -> None:
@@ -256,11 +258,14 @@ class Output:
                     file.withdraw()
 
     def _close(self) -> None:
+        """It is a backup, durably; no close can change that any more."""
         for file in (self._file, self._sidecar):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):
+                    file.close()
         if self._file is None:
-            os.close(self._fd)
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
 
 
 def open_output(

@@ -60,9 +60,13 @@ class PartialFile:
         self._published = True
 
     def sync_folder(self) -> None:
-        """Make the name durable. OSError."""
+        """Make the name durable, where the file system can. OSError."""
         with named(os.path.dirname(self.path) or "."):
-            os.fsync(self._folder)
+            try:
+                os.fsync(self._folder)
+            except OSError as e:
+                if e.errno != errno.EINVAL:  # that: it has no such thing
+                    raise
 
     def withdraw(self) -> None:
         """Take the name back. What it replaced is gone. OSError."""
@@ -83,9 +87,11 @@ class PartialFile:
             self.close()
 
     def close(self) -> None:
-        """Give the descriptors, and with them the lock, back."""
-        os.close(self.fd)
-        os.close(self._folder)
+        """Give the descriptors, and with them the lock, back. OSError; both are given back all the same."""
+        try:
+            os.close(self.fd)
+        finally:
+            os.close(self._folder)
 
     def _check_target(self) -> None:
         """Only a regular file, and only if it may be, is replaced: never a link, whatever it leads to."""

@@ -18,6 +18,7 @@ from cbwcore.images.chain import NOBODY, Chain, open_chain, pieces_of
 from cbwcore.images.digest import UNIT, Piece
 from cbwcore.images.fileio import named
 from cbwcore.images.kinds import ABSENT, PIECE, WINDOW, Run, runs
+from cbwcore.images.manifest import manifest_path
 from cbwcore.images.partial import PartialFile
 from cbwcore.images.raw_output import RawDevice, RawFile
 from cbwcore.images.raw_reader import RawReader
@@ -124,7 +125,7 @@ def restore(
     name = os.fsdecode(destination)
     with open_chain(image, manifest) as chain, contextlib.ExitStack() as undo:
         chain.check_complete()
-        check_apart(name, [member.path for member in chain.members])
+        check_apart(name, [path for member in chain.members for path in (member.path, manifest_path(member.path))])
         place = Device(name, chain.size) if is_device_at(name) else File(name, overwrite)
         undo.callback(place.discard)
         check(chain, progress)
@@ -286,7 +287,7 @@ def compare(chain: Chain, fd: int, name: str, progress: Progress | None) -> None
     copy = RawReader(fd, name, chain.size)
 
     def pieces() -> Iterator[Run]:
-        for window in chain.windows():
+        for window in sorted({*chain.windows(), *copy.windows()}):
             owners = chain.owners(window)
             stored = copy.kinds(window) != ABSENT
             nothing = (owners == NOBODY) & ~stored
