@@ -325,7 +325,7 @@ class BackupJob:
             with failing("write"):
                 self._output.write(work.ticket, part, zero_units(part, UNIT))
         with contextlib.suppress(OSError, ValueError):  # it is read: whatever became of the snapshot
-            self._fleece_peak = max(self._fleece_peak, self.snapshot.stats().target_bytes)
+            self._fleece_peak = max(self._fleece_peak, self.snapshot._target_bytes)
             self.snapshot.discard(offset, length)
 
     def _count(self, span: Span) -> None:
