@@ -636,6 +636,12 @@ def test_the_order_of_things(path, monkeypatch):
     first, second = (c[1] for c in calls if c[0] == "write")
     assert {first, second} == {0, SLOT}
     assert calls == [("write", first, True), ("sync", name), ("write", second, True), ("sync", name)]
+    for begin in (lambda: disk.bitmaps.add("new", persistent=True), lambda: freeze(disk, "new")):
+        calls.clear()
+        begin()
+        assert [c[0] for c in calls] == ["sync", "write", "sync", "write", "sync"], (
+            "an area is durable before it is named"
+        )
     calls.clear()
     disk.close()
     assert calls[:2] == [("sync", "disk"), ("sync", name)]
@@ -1102,6 +1108,46 @@ def test_a_death_while_the_file_is_made(place, step):
     assert sorted(os.listdir(place)) == ["disk", "disk.cbw-bitmaps"]
     with cbwcore.Disk(path) as disk:
         assert granules(disk.bitmaps["daily"]) == {0}
+
+
+@pytest.mark.parametrize("change", ["disable", "remove", "commit"])
+def test_what_is_written_in_the_middle_of_a_change_is_covered(path, change):
+    """Guests write on at each step of it, and then it dies."""
+    for last in range(20):
+
+        def life(last=last):
+            disk = cbwcore.Disk(path)
+            daily = disk.bitmaps["daily"]
+            job = freeze(disk, "daily")[1] if change == "commit" else None
+            left = [last]
+
+            def step(what):
+                disk.pwrite(b"x", (20 + last - left[0]) * UNIT)
+                if left[0] == 0:
+                    os.kill(os.getpid(), 9)
+                left[0] -= 1
+
+            bitmap_file.step = step
+            if job is not None:
+                job.commit("tuesday")
+            elif change == "disable":
+                daily.disable()
+            else:
+                disk.bitmaps.remove("daily")
+            bitmap_file.step = lambda what: None
+            if daily.enabled and change != "remove":
+                disk.pwrite(b"x", 50 * UNIT)
+
+        killed(life)
+        with cbwcore.Disk(path) as disk:
+            written = {unit for unit in range(20, 51) if disk.pread(1, unit * UNIT) == b"x"}
+            daily = disk.bitmaps.get("daily")
+            if daily is not None and daily.enabled:
+                assert granules(daily) >= written
+            if daily is not None:
+                disk.bitmaps.remove("daily")
+            disk.pwrite_zeroes(20 * UNIT, 40 * UNIT)
+            disk.bitmaps.add("daily", persistent=True)
 
 
 # ---- identity ----
