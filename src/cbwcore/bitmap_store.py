@@ -19,7 +19,19 @@ import msgspec
 
 from cbwcore import bitmap_file
 from cbwcore._cbwcore import BitmapCore, punch_hole
-from cbwcore.bitmap_file import AREAS, Directory, Entry, Job, Slot, checksum, read_directory, write_all, write_directory
+from cbwcore.bitmap_file import (
+    AREAS,
+    SPARE,
+    Directory,
+    Entry,
+    Job,
+    Slot,
+    checksum,
+    encode_directory,
+    read_directory,
+    write_all,
+    write_directory,
+)
 from cbwcore.errors import StateError
 from cbwcore.files import OPEN_FLAGS, BlockFile, lock, unlock_and_close
 from cbwcore.forked import forked
@@ -232,6 +244,7 @@ class BitmapStore:
     def add(self, bitmap: BitmapCore, name: str, *, enabled: bool, content: BitmapCore | None = None) -> None:
         """A new bitmap, whose bits are the file's from here on, and at first those of ``content``. OSError,
         ConfigError, StateError; then nothing is changed."""
+        self._check_room(name)
         area = self._allocate(bitmap, name)
         with self._given_back(bitmap, area):
             if content is not None:
@@ -239,6 +252,12 @@ class BitmapStore:
             # Whoever dies before has leaked an area that no directory names; after, the bitmap is there, with its bits.
             entry = Entry(name, bitmap.granularity, enabled, None, area.offset, area.length)
             self._write([*self.entries, entry])
+
+    def _check_room(self, name: str) -> None:
+        """So that what is to be said of a bitmap later does not fail for want of room. ConfigError."""
+        entry = Entry(name, 1 << 31, False, None, 2**63, 2**63)
+        directory = msgspec.structs.replace(self._slot.directory, bitmaps=(*self.entries, entry))
+        encode_directory(directory, SPARE)
 
     def remove(self, name: str) -> Area:
         """The directory forgets a bitmap; to be freed when its bits are no longer the file's. OSError, StateError.
@@ -295,7 +314,7 @@ class BitmapStore:
             bitmap_file.step("area allocated")
             # Durable before a directory names it: else the machine's end could leave what was there before as bits. (It
             # leaves them inconsistent, too; but no promise should lean on another.)
-            os.fsync(self._fd)
+            bitmap_file.sync(self._fd)
         except OSError as e:
             with contextlib.suppress(OSError):
                 punch_hole(self._fd, *area)
@@ -358,7 +377,7 @@ class BitmapStore:
             logger.error("%s: %s; from here on only bits are recorded in it", self.path, e.strerror)
             again = Slot(self._slot.number, self._slot.generation + 1, before)
             with contextlib.suppress(OSError):
-                write_directory(self._fd, again, before, sync=lambda fd: None)
+                write_directory(self._fd, again, before, durable=False)
             raise OSError(e.errno, e.strerror, self.path) from None
         self._entries = {entry.name: entry for entry in entries}
 
@@ -379,7 +398,7 @@ class BitmapStore:
         # the disk must still have them, too. Then mtime_ns is also what the next boot finds.
         bitmap_file.step("sync disk")
         try:
-            os.fsync(self._disk_fd)
+            bitmap_file.sync(self._disk_fd)
         except OSError as e:
             raise OSError(
                 e.errno, f"{e.strerror}: the disk was not flushed, its bitmaps stay in use", self.path
@@ -389,7 +408,7 @@ class BitmapStore:
         bitmap_file.step("sync bits")
         # Durable before the directory calls them clean. (Its own first fsync would do it with the first copy's, in any
         # order.)
-        os.fsync(self._fd)
+        bitmap_file.sync(self._fd)
         self._write(entries, in_use=False, mtime_ns=self._mtime_ns())
 
     def abandon(self) -> None:

@@ -1,6 +1,7 @@
 """Backup jobs: the image is the disk of T0, whatever the guest does; control; errors; the end."""
 
 import errno
+import os
 import threading
 import time
 
@@ -12,7 +13,7 @@ import cbwcore
 import cbwcore.images.raw_output
 from cbwcore import BackupOptions, JobStatus
 from cbwcore._cbwcore import FaultPlan
-from cbwcore.errors import ConfigError, JobCancelledError, SnapshotBrokenError
+from cbwcore.errors import ConfigError, JobCancelledError, SnapshotBrokenError, StateError
 
 SIZES = [0, 1, 511, 4096, UNIT - 1, UNIT, UNIT + 1, CHUNK + 3 * UNIT + 5, 3 * CHUNK]
 
@@ -388,6 +389,27 @@ def test_a_failed_manifest_fails_the_job(make_disk, tmp_path, no_backup, monkeyp
         disk.backup(tmp_path / "image", bitmap="daily").wait()
     no_backup("image")
     assert bitmap.count() == UNIT
+
+
+@pytest.mark.parametrize("name", ["image", "image.qcow2"])
+def test_verify_reads_the_image_back_before_it_counts(make_disk, tmp_path, monkeypatch, name):
+    """A byte that was stored wrong: the job fails, and what the image was to replace is still there."""
+    disk = make_disk()
+    disk.backup(tmp_path / name, verify=True).wait()
+    before = file_bytes(tmp_path / name)
+    real = os.pwritev
+
+    def spoiled(fd, views, offset, *flags):
+        return real(fd, [bytes([views[0][0] ^ 1]) + bytes(views[0][1:]), *views[1:]], offset, *flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", spoiled)
+        patch.setattr(os, "pwrite", lambda fd, view, offset: spoiled(fd, [view], offset))
+        job = disk.backup(tmp_path / name, verify=True, overwrite=True)
+        with pytest.raises(StateError):
+            job.wait()
+    assert file_bytes(tmp_path / name) == before
+    assert not (tmp_path / f"{name}.partial").exists()
 
 
 # ---- bitmaps ----
