@@ -140,6 +140,7 @@ class Rig:
     def close(self):
         for plan in self.plans:
             plan.release()
+            print(f"to replay, release() by release(): {[FaultPlan(text) for text in plan.history]}")
         closers = [Guest(self._close, disk) for disk in self.disks]
         for thread in self.guests + closers:
             thread.join(LIMIT)

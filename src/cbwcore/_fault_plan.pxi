@@ -8,22 +8,22 @@ cdef object ALWAYS = 2**63
 
 def parse_fault_rule(str text):
     """(op, action, value, limits) of a rule as `FaultPlan` prints it: ``pwrite error EIO start=65536 times=1``. ConfigError."""
-    words = text.split()
+    words = iter(text.split())
+    op, action = next(words, ""), next(words, "")
+    value = None if action == "stall" else next(words, "")
+    limits = {}
     try:
-        op, action = words[:2]
         FAULT_OPS[op], FAULT_ACTIONS[action]
-        value = None if action == "stall" else words[2]
         if action == "error":
             value = getattr(_errno, value)
         elif value is not None:
             value = float(value) if action == "delay" else int(value)
-        limits = {}
-        for word in words[2 if value is None else 3:]:
+        for word in words:
             key, _, number = word.partition("=")
             if key not in ("start", "end", "skip", "times"):
                 raise ValueError(key)
             limits[key] = int(number)
-    except (ValueError, KeyError, IndexError, AttributeError):
+    except (ValueError, KeyError, AttributeError):
         raise ConfigError(f"{text!r} is no rule of a fault plan") from None
     return op, action, value, limits
 

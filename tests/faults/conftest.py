@@ -1,11 +1,31 @@
+import os
 import subprocess
 from pathlib import Path
 
-import engine_support
 import pytest
+from engine_support import Rig
 from interop_support import need
 
-rig = engine_support.rig
+import cbwcore
+from cbwcore.engines import choose_engine
+
+ENGINE = os.environ.get("CBWCORE_TEST_IO")  # as in tests/conftest.py
+
+
+@pytest.fixture(params=[ENGINE] if ENGINE else ["psync", "io_uring"])
+def rig(request, place, monkeypatch):
+    """As `engine_support.rig`, over both engines: a fault at the I/O table must come to the same in each."""
+    if choose_engine(request.param, direct=False)[0] != request.param:
+        pytest.skip("no io_uring here")
+    for module in (cbwcore.disk, cbwcore.snapshot):
+        monkeypatch.setattr(
+            module,
+            "choose_engine",
+            lambda io, *, direct=False: choose_engine(request.param if io == "auto" else io, direct=direct),
+        )
+    made = Rig(place)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

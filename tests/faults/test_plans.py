@@ -1,0 +1,73 @@
+"""Fault plans as text: what a failing test prints can be read back, and does the same again."""
+
+import errno
+
+import pytest
+from engine_support import CLUSTER, assert_refused, assert_t0, ranges
+
+import cbwcore
+from cbwcore._cbwcore import FaultPlan
+
+RULES = [
+    "pread error EIO",
+    "pwrite error ENOSPC start=65536 end=131072 skip=3 times=2",
+    "pwrite short 512 times=1",
+    "flush delay 0.25 skip=1",
+    "zero error EPERM",
+    "discard stall end=4096",
+    "seek error EINTR times=7",
+]
+
+
+def test_a_plan_is_what_its_text_says():
+    plan = FaultPlan()
+    plan.error("pread")
+    plan.error("pwrite", errno.ENOSPC, start=65536, end=131072, skip=3, times=2)
+    plan.short("pwrite", 512, times=1)
+    plan.delay("flush", 0.25, skip=1)
+    plan.error("zero", errno.EPERM)
+    plan.stall("discard", end=4096)
+    plan.error("seek", errno.EINTR, times=7)
+    assert str(plan) == "; ".join(RULES)
+    again = eval(repr(plan), {"FaultPlan": FaultPlan})
+    assert repr(again) == repr(plan) == f"FaultPlan({'; '.join(RULES)!r})"
+
+
+def test_what_was_released_is_remembered():
+    plan = FaultPlan("pread error EIO times=1")
+    plan.release()
+    assert str(plan) == ""
+    plan.short("pread", 1)
+    plan.release()
+    assert plan.history == ["pread error EIO times=1", "pread short 1"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["pread", "pread fail EIO", "read error EIO", "pread error EWHAT", "pread short", "pread short x"]
+    + ["pread error EIO nth=1", "pread error EIO times=x", "pread error EIO 5", "flush delay soon", "pread stall 5"],
+)
+def test_what_is_no_rule_is_refused(text):
+    with pytest.raises(cbwcore.ConfigError, match="no rule"):
+        FaultPlan(f"pwrite error EIO; {text}")
+
+
+def test_a_plan_that_was_read_back_does_the_same(rig):
+    seen = []
+    for text in (None, "again"):
+        disk = rig.disk()
+        snap = rig.snapshot(disk)
+        if text is None:
+            plan = FaultPlan()
+            plan.error("pwrite", errno.EDQUOT, start=CLUSTER, skip=1, times=1)
+            plan.short("pwrite", 8192, times=2)
+            text = str(plan)
+        else:
+            plan = FaultPlan(seen[0][0])
+        snap._inject(plan)
+        disk.pwrite(b"n", 0)
+        assert_refused(lambda d=disk: d.pwrite(b"n", CLUSTER), errno.EDQUOT, "target-write", CLUSTER, CLUSTER)
+        disk.pwrite(b"n", CLUSTER)
+        assert_t0(snap, disk.t0)
+        seen.append((str(plan), ranges(plan, "pwrite")))
+    assert seen[0] == seen[1]
