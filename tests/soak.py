@@ -5,8 +5,8 @@ of the frozen file system are taken, pulled by nbdcopy and compared with the dis
 take little, and dropped, at random. Another process makes chains of backups with a persistent bitmap and restores them;
 it is killed now and then. Now and then `cbwcore serve` serves a disk of its own to fio and nbdcopy.
 
-Exit status 1 after any mismatch, error, hang, or growth of memory, descriptors or threads. All that it started ends with
-it, also on ctrl-C or SIGTERM."""
+Exit status 1 after any mismatch, error, hang, or growth of memory, descriptors or threads. All that it started ends
+with it, also on ctrl-C or SIGTERM."""
 
 import argparse
 import contextlib
@@ -26,8 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from conftest import Resources  # noqa: E402
-from interop_support import COMMAND, MIB, nbdfuse, uri_of  # noqa: E402
+from conftest import Resources
+from interop_support import COMMAND, MIB, nbdfuse, uri_of
 
 PARTS = Path(__file__).with_name("soak_parts")
 DISK = 96 * MIB
@@ -67,7 +67,7 @@ class Part:
 
     def __init__(self, script, *arguments):
         words = [sys.executable, str(PARTS / script), *map(str, arguments)]
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, start_new_session=True
         )
@@ -199,8 +199,15 @@ class Soak:
         while self.going_on():
             number += 1
             words = ["fio", "--name=soak", f"--directory={self.mounted}", "--rw=randrw", "--bsrange=4k-128k"]
-            words += ["--size=12m", "--numjobs=2", "--ioengine=psync", "--direct=1", "--verify=crc32c", "--verify_backlog=32"]
-            words += ["--verify_fatal=1", "--fsync=64", "--rate=8m", f"--randseed={self.seed + number}"]
+            words += ["--size=12m", "--numjobs=2", "--ioengine=psync", "--direct=1"]
+            words += [
+                "--verify=crc32c",
+                "--verify_backlog=32",
+                "--verify_fatal=1",
+                "--fsync=64",
+                "--rate=8m",
+                f"--randseed={self.seed + number}",
+            ]
             words += ["--output-format=json", "--group_reporting", "--loops=2"]
             done = command(*words, timeout=LIMIT * 2)
             job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
@@ -281,7 +288,8 @@ class Soak:
                     name, small = f"snapshot{count}", self.rng.random() < 0.35
                     options = {"cluster_size": self.rng.choice([4096, 65536, 1 << 20])}
                     if small:
-                        options |= {"target_limit": self.rng.choice([1 << 20, 4 << 20]), "on_cbw_error": "break-snapshot"}
+                        options["target_limit"] = self.rng.choice([1 << 20, 4 << 20])
+                        options["on_cbw_error"] = "break-snapshot"
                     there[name] = self.take(name, options), small
                 elif what < 0.8 and there:
                     self.use(self.rng.choice(list(there)), there)
@@ -431,9 +439,10 @@ def main():
         return 2
     stop = threading.Event()
     # Programs started from here on do not get ctrl-C: they are ended in order.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     threading.Thread(target=lambda: (signal.sigwait([signal.SIGINT]), stop.set()), daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     resources = Resources()
     try:
         soak = Soak(args.minutes, seed, resources, stop)

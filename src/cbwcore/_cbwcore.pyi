@@ -169,6 +169,7 @@ class NbdConnectionCore:
     def stop(self) -> None: ...
 
 def parse_fault_rule(text: str) -> tuple[str, str, Any, dict[str, int]]: ...
+
 @disjoint_base
 class FaultPlan:
     history: list[str]

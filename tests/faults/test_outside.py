@@ -109,7 +109,7 @@ class Case:
         self.disk.pwrite(NEW, OFFSET)
 
     def fails(self, code, operation, call=None):
-        """As the policy has it: the write is refused and nothing has changed, or it is done and the snapshot is gone."""
+        """As the policy has it: the write is refused and nothing changed, or it is done and the snapshot is gone."""
         call = call or self.write
         stats = self.snap.stats()
         if self.policy == G:
@@ -424,7 +424,7 @@ def test_interrupted_calls_are_unseen(local, engine, policy, code):
     try:
         assert process.stdout.readline() == "ready\n"
         tracer = subprocess.Popen(
-            ["strace", "-q", "-f", "-p", str(process.pid), "-e", f"trace={calls}", "-e", f"inject={calls}:error={code}:when=1+3"],
+            f"strace -q -f -p {process.pid} -e trace={calls} -e inject={calls}:error={code}:when=1+3".split(),
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -105,7 +105,6 @@ if WANTED in ("", "whole"):
         assert first["seen"] == second["seen"]
         assert len(first["seen"]) > 20
 
-
     @pytest.mark.slow
     @pytest.mark.timeout(24 * 3600 if WANTED == "whole" else 600)
     @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -1,7 +1,7 @@
 """The soak's server: a disk and an NBD server in a process of its own, told by lines of JSON on stdin what to do.
 
-{"do": "take", "name": ..., "options": {...}}, {"do": "drop", "name": ...}, {"do": "state", "name": ...}; end of file ends
-it. Each is answered by one line."""
+{"do": "take", "name": ..., "options": {...}}, {"do": "drop", "name": ...}, {"do": "state", "name": ...}; end of file
+ends it. Each is answered by one line."""
 
 import contextlib
 import json

@@ -56,8 +56,8 @@ CONFIGS = [
 
 
 class Case(NamedTuple):
-    """Calls of ``kind`` at ``place`` from the ``nth`` on (from 0), one or all of them, suffer ``action``: an errno's name,
-    "short", "kill", or "" for nothing at all, which only counts them."""
+    """Calls of ``kind`` at ``place`` from the ``nth`` on (from 0), one or all of them, suffer ``action``: an errno's
+    name, "short", "kill", or "" for nothing at all, which only counts them."""
 
     config: Config
     place: str
@@ -91,7 +91,8 @@ def counting(config: Config) -> Case:
 
 
 def all_cases(config: Config, seen: dict[str, int]) -> list[Case]:
-    """Every call of a run without a fault (``seen``: "place kind" -> how many) times every action, once and from then on."""
+    """Every call of a run without a fault (``seen``: "place kind" -> how many) times every action, once and from then
+    on."""
     cases = []
     for key, count in seen.items():
         place, kind = key.split()

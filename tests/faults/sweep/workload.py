@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import os
 import pickle
 import random
 import sys
@@ -191,9 +190,7 @@ class Run:
             check(self.config.policy == "G", f"{name}: refused by {error!r} under break-snapshot")
             check(error.operation in ("source-read", "target-write"), f"{name}: {error.operation}")
 
-    def change(
-        self, name: str, offset: int, data: bytes, call: Callable[[], None], *, advisory: bool = False
-    ) -> None:
+    def change(self, name: str, offset: int, data: bytes, call: Callable[[], None], *, advisory: bool = False) -> None:
         """A guest's request: acknowledged it is on the disk; refused, or advisory, any part of its own range may be."""
         before = self.look()
         wanted = before[:offset] + data + before[offset + len(data) :]
@@ -290,7 +287,7 @@ class Run:
             check(self.snap.state == "closed", "close() leaves the snapshot open")
 
     def judge_snapshot(self) -> None:
-        """The fault is over for a moment: under break-guest-write all is T0; under break-snapshot it is, or is broken."""
+        """The fault is over for a moment: under G all is T0; under S it is, or the snapshot is broken."""
         with unseen(), self.no_faults():
             if self.config.policy == "S" and self.snap.state == "broken":
                 check(self.snap.error is not None, "broken without a cause")
@@ -324,7 +321,7 @@ class Run:
         for name in (INCREMENTAL, FULL):
             if name in self.backups:
                 target = self.home / RESTORED
-                if self.attempt("restore", lambda n=name: cbwcore.restore(self.home / n, target)):
+                if self.attempt("restore", lambda n=name, to=target: cbwcore.restore(self.home / n, to)):
                     self.restored = self.backups[name]
                 break
 
