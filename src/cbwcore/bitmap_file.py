@@ -12,6 +12,7 @@ has what was complete. The copy with the higher generation counts."""
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from typing import Literal, NamedTuple
@@ -126,7 +127,7 @@ def read_directory(fd: int) -> Slot:
 
 
 def _read_slot(fd: int, index: int) -> Slot:
-    raw = os.pread(fd, SLOT, index * SLOT)
+    raw = read_up_to(fd, SLOT, index * SLOT)
     if len(raw) < HEADER.size or raw[: len(MAGIC)] != MAGIC:
         raise StateError("no bitmap file of cbwcore's, or its beginning is damaged")
     _, version, length, generation, crc = HEADER.unpack_from(raw)
@@ -203,8 +204,19 @@ def write_directory(fd: int, slot: Slot, directory: Directory, *, durable: bool 
     return Slot(slot.number, generation, directory)
 
 
+def read_up_to(fd: int, length: int, offset: int) -> bytes:
+    """Fewer bytes only where the file ends; one call may come back with a part. OSError."""
+    pieces: list[bytes] = []
+    while length and (piece := os.pread(fd, length, offset)):
+        pieces.append(piece)
+        length, offset = length - len(piece), offset + len(piece)
+    return b"".join(pieces)
+
+
 def write_all(fd: int, data: bytes, offset: int) -> None:
-    """OSError."""
+    """OSError, which a write that takes nothing is, too."""
     while data:
         n = os.pwrite(fd, data, offset)
+        if n == 0:
+            raise OSError(errno.EIO, "nothing was written")
         data, offset = data[n:], offset + n

@@ -159,6 +159,59 @@ def test_a_bitmap_that_cannot_be_unmapped_is_committed_all_the_same(disk, monkey
         assert list(again.bitmaps["b"].ranges()) == [(6 * 65536, 1000)]
 
 
+def stat_fails_once(monkeypatch, path):
+    """os.stat() of a path says EIO the first time."""
+    stat, hit = os.stat, []
+
+    def failing_stat(where, *args, **options):
+        if not hit and not isinstance(where, int) and os.fspath(where) == os.fspath(path):
+            hit.append(where)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), where)
+        return stat(where, *args, **options)
+
+    monkeypatch.setattr(os, "stat", failing_stat)
+    return hit
+
+
+def test_a_fleecing_target_that_cannot_be_looked_at_is_not_taken_for_a_new_one(disk, monkeypatch):
+    """It was used, and removed in the end."""
+    fleece = Path(disk.path).parent / "fleece"
+    fleece.write_bytes(bytes(SIZE))
+    hit = stat_fails_once(monkeypatch, fleece)
+    with pytest.raises(OSError, match="Input/output"):
+        full(disk, fleece=fleece).wait(10)
+    assert hit
+    monkeypatch.undo()
+    full(disk, fleece=fleece).wait(10)
+    assert fleece.exists()
+
+
+def test_a_target_that_cannot_be_looked_at_may_be_the_disk(disk, monkeypatch):
+    """It was written over, where overwriting was asked for."""
+    hit = stat_fails_once(monkeypatch, Path(disk.path))
+    content = Path(disk.path).read_bytes()
+    hit.clear()
+    with pytest.raises(OSError, match="Input/output"):
+        disk.backup(disk.path, format="qcow2", overwrite=True).wait(10)
+    monkeypatch.undo()
+    assert Path(disk.path).read_bytes() == content
+
+
+# ---- the bitmap file ----
+
+
+def test_a_directory_that_comes_in_parts_is_whole(disk, monkeypatch):
+    """It was called damaged, and no bitmap in it could be used."""
+    disk.bitmaps.add("b", persistent=True)
+    disk.pwrite(b"new", 5)
+    disk.close()
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: pread(fd, min(length, 100), offset))
+    with cbwcore.Disk(disk.path) as again:
+        assert again.bitmaps.problem is None
+        assert list(again.bitmaps["b"].ranges()) == [(0, 65536)]
+
+
 # ---- images ----
 
 

@@ -31,43 +31,67 @@ WHOLE_PROCESS = {"psync/buffered/G", "psync/direct/S"}
 RUNNERS = min(2, len(os.sched_getaffinity(0)))
 
 
+class Runner:
+    """A process that tries one case after the other."""
+
+    def __init__(self, shim, folder, cpu):
+        self._process = subprocess.Popen(
+            [sys.executable, SWEEP / "runner.py", folder, str(cpu)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "LD_PRELOAD": str(shim)},
+        )
+
+    def work(self, cases, results):
+        """On what others leave."""
+        for case in cases:
+            try:
+                self._process.stdin.write(f"{case}\n")
+                self._process.stdin.flush()
+                line = self._process.stdout.readline()
+            except OSError:
+                line = ""
+            results.append(json.loads(line) if line else {"case": str(case), "wrong": "the runner has ended"})
+            if not line:
+                return
+
+    def close(self):
+        with self._process:
+            self._process.kill()
+
+
+class Shared:
+    """An iterator for several threads."""
+
+    def __init__(self, items):
+        self._items = iter(items)
+        self._lock = threading.Lock()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        with self._lock:
+            return next(self._items)
+
+
+@pytest.fixture(scope="module")
+def runners(shim, session_resources):
+    folder = session_resources.place("tmpfs")
+    runners = [Runner(shim, folder, cpu) for cpu in range(RUNNERS)]
+    yield runners
+    for runner in runners:
+        runner.close()
+
+
 @pytest.fixture
-def sweep(shim, place):
+def sweep(runners):
     """``sweep(cases)``: what each of them came to; a test fails by what is wrong in any."""
 
-    def work(cpu, cases, results):
-        command = [sys.executable, SWEEP / "runner.py", place, str(cpu)]
-        env = {**os.environ, "LD_PRELOAD": str(shim)}
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-        try:
-            while True:
-                case = next(cases, None)
-                if case is None:
-                    break
-                process.stdin.write(f"{case}\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
-                results.append(json.loads(line) if line else {"case": str(case), "wrong": "the runner ended"})
-                if not line:
-                    break
-            process.stdin.close()
-            process.wait(30)
-        finally:
-            process.kill()
-            process.wait()
-
     def sweep(cases):
-        shared, lock, results = iter(cases), threading.Lock(), []
-
-        def next_of_all():
-            while True:
-                with lock:
-                    case = next(shared, None)
-                if case is None:
-                    return
-                yield case
-
-        threads = [threading.Thread(target=work, args=(i, next_of_all(), results)) for i in range(RUNNERS)]
+        shared, results = Shared(cases), []
+        threads = [threading.Thread(target=runner.work, args=(shared, results)) for runner in runners]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -83,10 +107,16 @@ def sweep(shim, place):
 
 
 def some_of(cases, seed):
-    """One action for each call, and in turn once or from then on."""
+    """One action for each call; of the many questions to the file system, which change nothing, every third."""
     rng = random.Random(seed)
     calls = itertools.groupby(cases, key=lambda case: (case.place, case.kind, case.nth))
-    return [rng.choice(list(group)) for _, group in calls]
+    chosen = [rng.choice(list(group)) for _, group in calls]
+    return [case for case in chosen if case.kind not in ("stat", "seek") or (case.nth + seed) % 3 == 0]
+
+
+def steady(seen):
+    """Without what depends on whether a helper thread is idle already, or a copy has become late."""
+    return {key: count for key, count in seen.items() if key not in (f"{PROCESS} malloc", f"{PROCESS} thread")}
 
 
 def available(config):
@@ -102,7 +132,7 @@ if WANTED in ("", "whole"):
         available(config)
         first, second = sweep([counting(config)] * 2)
         assert first["errors"] == first["notes"] == []
-        assert first["seen"] == second["seen"]
+        assert steady(first["seen"]) == steady(second["seen"])
         assert len(first["seen"]) > 20
 
     @pytest.mark.slow

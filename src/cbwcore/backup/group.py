@@ -18,6 +18,7 @@ from cbwcore.bitmaps import DirtyBitmap
 from cbwcore.errors import ConfigError
 from cbwcore.files import check_kind, overlap, storage
 from cbwcore.identity import identify
+from cbwcore.images.chain import is_missing
 from cbwcore.images.manifest import BackupFacts, BitmapUse, Source, iso_time
 from cbwcore.images.output import Output, open_output
 from cbwcore.snapshot import Snapshot, Taken, Wanted, take_snapshots
@@ -98,7 +99,7 @@ def make_ready(disk: Disk, options: BackupOptions, undo: contextlib.ExitStack) -
             raise ConfigError(f"target {os.fspath(options.target)} is the fleecing target, too")
         check_not_the_disk(disk, options.target)
         layered = decision.sync != Sync.FULL
-        fleece_is_there = options.fleece is not None and os.path.exists(options.fleece)
+        fleece_is_there = options.fleece is not None and not is_missing(options.fleece)
         output = open_output(
             options.target,
             size=disk.size,
@@ -128,8 +129,8 @@ def give_up(ready: Ready, taken: Taken) -> None:
 
 
 def check_not_the_disk(disk: Disk, target: str | os.PathLike[str]) -> None:
-    """By what they are stored in: the disk may have another name by now. ConfigError."""
-    if not os.path.exists(target):
+    """By what they are stored in: the disk may have another name by now. ConfigError; OSError if that cannot be told."""
+    if is_missing(target):
         return
     fd = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

@@ -181,7 +181,7 @@ def read_parent(above: str, path: str, wanted: str) -> Manifest:
     return found
 
 
-def is_missing(path: str) -> bool:
+def is_missing(path: Path) -> bool:
     """Whether there is nothing at ``path``; OSError where that cannot be told."""
     try:
         os.stat(path)

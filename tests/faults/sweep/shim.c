@@ -73,8 +73,15 @@ void sweep_on(int kind, uint64_t skip, uint64_t times, int action, int code) {
     __atomic_store_n(&rule.on, 1, __ATOMIC_SEQ_CST);
 }
 
+/* A part of n bytes: of a whole block where the file has O_DIRECT. */
+static size_t part_of(int fd, size_t n) {
+    if (syscall(SYS_fcntl, fd, F_GETFL) & O_DIRECT)
+        return n > 4096 ? n / 2 / 4096 * 4096 : n;
+    return n > 200 ? 100 : n / 2;
+}
+
 /* Whether this call is to fail (its errno is set) or, with `n`, to be shortened. */
-static int hit(int kind, size_t *n) {
+static int hit_fd(int kind, int fd, size_t *n) {
     uint64_t nth;
     if (!__atomic_load_n(&rule.on, __ATOMIC_SEQ_CST) || paused)
         return 0;
@@ -86,12 +93,13 @@ static int hit(int kind, size_t *n) {
         kill(getpid(), SIGKILL);
     if (rule.action == SHORT) {
         if (n && *n > 1)
-            *n = *n > 4096 ? *n / 2 / 4096 * 4096 : *n / 2;   /* O_DIRECT ends between blocks */
+            *n = part_of(fd, *n);
         return 0;
     }
     errno = rule.code;
     return 1;
 }
+static int hit(int kind, size_t *n) { return hit_fd(kind, -1, n); }
 
 #define REAL(name) \
     static __typeof__(name) *real; \
@@ -102,26 +110,26 @@ static int hit(int kind, size_t *n) {
 
 ssize_t pread(int fd, void *buf, size_t n, off_t off) {
     REAL(pread);
-    return hit(READ, &n) ? -1 : real(fd, buf, n, off);
+    return hit_fd(READ, fd, &n) ? -1 : real(fd, buf, n, off);
 }
 ssize_t pread64(int fd, void *buf, size_t n, off64_t off) {
     REAL(pread64);
-    return hit(READ, &n) ? -1 : real(fd, buf, n, off);
+    return hit_fd(READ, fd, &n) ? -1 : real(fd, buf, n, off);
 }
 ssize_t pwrite(int fd, const void *buf, size_t n, off_t off) {
     REAL(pwrite);
-    return hit(WRITE, &n) ? -1 : real(fd, buf, n, off);
+    return hit_fd(WRITE, fd, &n) ? -1 : real(fd, buf, n, off);
 }
 ssize_t pwrite64(int fd, const void *buf, size_t n, off64_t off) {
     REAL(pwrite64);
-    return hit(WRITE, &n) ? -1 : real(fd, buf, n, off);
+    return hit_fd(WRITE, fd, &n) ? -1 : real(fd, buf, n, off);
 }
 
 /* Of a vector that is to be shortened: half of its first part. */
 static ssize_t vector(int kind, int fd, const struct iovec *v, int count, off_t off, int flags) {
     size_t n = count ? v->iov_len : 0, all = n;
     struct iovec part;
-    if (hit(kind, &n))
+    if (hit_fd(kind, fd, &n))
         return -1;
     if (n < all) {
         part.iov_base = v->iov_base;
@@ -149,7 +157,7 @@ ssize_t pwritev64v2(int fd, const struct iovec *v, int count, off64_t off, int f
 }
 ssize_t read(int fd, void *buf, size_t n) {
     REAL(read);
-    return hit(READ, &n) && errno != EAGAIN ? -1 : real(fd, buf, n);    /* no file says that here */
+    return hit_fd(READ, fd, &n) && errno != EAGAIN ? -1 : real(fd, buf, n);    /* no file says that here */
 }
 
 int fsync(int fd) {
