@@ -15,13 +15,13 @@ from posix.stdlib cimport posix_memalign
 from posix.unistd cimport close
 
 from cbwcore._sys cimport (
-    CBW_SLOTS, add_seq_cst, count_cpus, exchange_seq_cst, has_holes, is_on_tmpfs, is_zero, knows_size, load_relaxed, monotonic_ns,
-    pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, store_release,
+    CBW_SLOTS, FALLOC_FL_PUNCH_HOLE, add_seq_cst, count_cpus, exchange_seq_cst, fallocate_once, has_holes, is_on_tmpfs,
+    is_zero, knows_size, load_relaxed, monotonic_ns, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, store_release,
 )
-from cbwcore._sys cimport dio_alignment as c_dio_alignment
+from cbwcore._sys cimport birth_time as c_birth_time, dio_alignment as c_dio_alignment
 from cbwcore._geometry cimport least, most, outer_end
 from cbwcore._bitmap cimport bitmap, bitmap_count, bitmap_free, bitmap_init, bitmap_map_file, bitmap_next, bitmap_put, \
-    bitmap_reset, bitmap_test
+    bitmap_reset, bitmap_test, bitmap_unmap_file
 from cbwcore._buffers cimport LARGEST, bufpool, bufpool_init, bufpool_reserve, bufpool_set_limit, class_bytes
 from cbwcore._blockio cimport (
     blk, blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pread_cached, psync_pwrite, psync_seek, psync_zero,
@@ -157,6 +157,22 @@ def dio_alignment(int fd):
     return mem, offset
 
 
+def birth_time(int fd):
+    """Nanoseconds since the epoch at which the file ``fd`` was made; None where its file system or kernel cannot tell."""
+    cdef int64_t ns = 0
+    return ns if c_birth_time(fd, &ns) == 0 else None
+
+
+def punch_hole(int fd, offset, length):
+    """Let a range (bytes) of a file read as zeroes and take no space. OSError; EOPNOTSUPP where the file system cannot."""
+    cdef uint64_t off = as_bytes(offset, "offset"), n = as_bytes(length, "length")
+    cdef int rc
+    with nogil:
+        rc = fallocate_once(fd, FALLOC_FL_PUNCH_HOLE, off, n)
+    if rc < 0:
+        raise os_error(rc, None)
+
+
 def io_uring_state():
     """(whether this build has io_uring, the errno that the kernel refuses a ring with, 0: it does not)"""
     return bool(HAVE_URING), -rings_probe() if HAVE_URING else 0
@@ -197,6 +213,7 @@ cdef class BitmapCore:
     cdef DiskCore recorded_by          # the disk whose guest writes set bits here, or None
     cdef readonly object size          # bytes that the bitmap speaks of
     cdef readonly object granularity   # bytes per bit
+    cdef readonly object inconsistent  # why its bits cannot be relied on, or None
     cdef int shift
 
     def __cinit__(self, size, int shift, *args, **kwargs):
@@ -212,6 +229,8 @@ cdef class BitmapCore:
         bitmap_free(&self.map)
 
     def __getbuffer__(self, Py_buffer *view, int flags):
+        if self.inconsistent is not None:
+            raise BufferError(f"the bitmap is inconsistent: {self.inconsistent}")
         PyBuffer_FillInfo(view, self, self.map.words, self.nbytes, 1, flags)
 
     def __len__(self):
@@ -275,12 +294,26 @@ cdef class BitmapCore:
         """Bytes that the bits take in memory, or in a file: whole pages."""
         return self.map.mapped
 
-    def _map_file(self, int fd, uint64_t offset):
+    def _map_file(self, int fd, uint64_t offset, *, bint shared=True):
         """From here on the bits are those of the file at ``offset``, whole pages, which must have their blocks; so they outlive
-        the process. Only of a bitmap that nobody uses yet. Raises OSError."""
-        cdef int rc = bitmap_map_file(&self.map, fd, offset)
+        the process. Not ``shared``: what is changed here is not changed in the file. Only of a bitmap that nobody uses yet.
+        Raises OSError."""
+        cdef int rc = bitmap_map_file(&self.map, fd, offset, shared)
         if rc < 0:
             raise os_error(rc, None)
+
+    def _unmap_file(self):
+        """From here on the bits are in memory again, as they are now; nothing where they are not a file's. Nobody may be setting
+        bits. Raises OSError."""
+        cdef int rc
+        with nogil:
+            rc = bitmap_unmap_file(&self.map)
+        if rc < 0:
+            raise os_error(rc, None)
+
+    def _spoil(self, str why):
+        """The bits cannot be relied on, for good: nobody is shown them."""
+        self.inconsistent = why
 
     @property
     def enabled(self):
@@ -843,9 +876,10 @@ cdef class SnapshotCore:
             "arm_pause": now.arm_pause_ns / 1e9,
         }
 
-    def _copies_in_flight(self):
-        """Guest writes' copies under way at this moment; 0 after close."""
-        return self.s.copies.count if self.s != NULL else 0
+    @property
+    def _target_bytes(self):
+        """What `stats` calls target_bytes, at this moment and without a lock; 0 after close."""
+        return load_relaxed(&self.s.target_used) if self.s != NULL else 0
 
     def _map(self, str name):
         """For tests: a map as a list of bools, one per cluster."""

@@ -6,18 +6,30 @@ readable as the disk was at T0.
 
 import logging
 
+from cbwcore.backup import (
+    BackupJob,
+    BackupOptions,
+    BackupResult,
+    BitmapMode,
+    JobEvent,
+    JobStatus,
+    OnError,
+    Sync,
+    backup_group,
+)
 from cbwcore.bitmaps import DirtyBitmap
 from cbwcore.disk import Disk
 from cbwcore.errors import (
     CbwError,
     ConfigError,
     CopyBeforeWriteError,
+    JobCancelledError,
     SnapshotAccessError,
     SnapshotBrokenError,
     StateError,
 )
 from cbwcore.extents import Extent
-from cbwcore.images.restore import restore, verify_backup
+from cbwcore.images.restore import RestoreResult, VerifyResult, restore, verify_backup
 from cbwcore.limits import limits
 from cbwcore.nbd import NbdLimits, NbdServer, TlsConfig
 from cbwcore.options import SnapshotOptions
@@ -26,6 +38,10 @@ from cbwcore.snapshot import Snapshot, snapshot_group
 from cbwcore.stats import DiskStats, SnapshotStats
 
 __all__ = [
+    "BackupJob",
+    "BackupOptions",
+    "BackupResult",
+    "BitmapMode",
     "CbwError",
     "ConfigError",
     "CopyBeforeWriteError",
@@ -33,9 +49,14 @@ __all__ = [
     "Disk",
     "DiskStats",
     "Extent",
+    "JobCancelledError",
+    "JobEvent",
+    "JobStatus",
     "NbdLimits",
     "NbdServer",
     "OnCbwError",
+    "OnError",
+    "RestoreResult",
     "Snapshot",
     "SnapshotAccessError",
     "SnapshotBrokenError",
@@ -43,7 +64,10 @@ __all__ = [
     "SnapshotState",
     "SnapshotStats",
     "StateError",
+    "Sync",
     "TlsConfig",
+    "VerifyResult",
+    "backup_group",
     "limits",
     "restore",
     "snapshot_group",

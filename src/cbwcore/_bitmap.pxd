@@ -7,10 +7,9 @@
 
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint64_t
-from libc.string cimport memset
 from cbwcore._sys cimport (
     MADV_DONTNEED, and_acq_rel, count_bits, load_acquire, load_relaxed, lowest_bit, madvise, map_file_over, map_lazily,
-    munmap, or_acq_rel, skip_blank_words,
+    move_pages_over, munmap, or_acq_rel, skip_blank_words, store_release,
 )
 from cbwcore._geometry cimport least, round_up
 
@@ -42,19 +41,49 @@ cdef inline void bitmap_free(bitmap *b) noexcept nogil:
     b.words = NULL
 
 
-cdef inline int bitmap_map_file(bitmap *b, int fd, uint64_t off) noexcept nogil:
+cdef inline int bitmap_map_file(bitmap *b, int fd, uint64_t off, bint shared) noexcept nogil:
     """From here on the words are those of the file at `off`, a multiple of PAGE, over `mapped` bytes; at the same address,
     and what they were is forgotten. Of a map without flip that nobody uses yet. 0 or -errno."""
-    cdef int rc = map_file_over(b.words, b.mapped, fd, off)
+    cdef int rc = map_file_over(b.words, b.mapped, fd, off, shared)
     b.in_file = rc == 0
     return rc
 
 
-cdef inline int bitmap_reset(bitmap *b) noexcept nogil:
-    """Every bit back to its first value, and the pages back to the system. Nobody else may be setting bits."""
-    if b.in_file:
-        memset(b.words, 0, b.mapped)
+cdef inline int bitmap_unmap_file(bitmap *b) noexcept nogil:
+    """From here on the words are memory again, with what the file's had, at the same address: readers notice nothing. Nobody
+    may be setting bits. 0 or -errno."""
+    cdef uint64_t k = 0, end = b.mapped // 8
+    cdef uint64_t *words
+    cdef int rc
+    if not b.in_file:
         return 0
+    words = <uint64_t *>map_lazily(b.mapped)
+    if words == NULL:
+        return -ENOMEM
+    while True:
+        k = skip_blank_words(b.words, k, end, 0)
+        if k == end:
+            break
+        words[k] = load_relaxed(b.words + k)
+        k += 1
+    rc = move_pages_over(b.words, words, b.mapped)
+    if rc < 0:
+        munmap(words, b.mapped)
+        return rc
+    b.in_file = False
+    return 0
+
+
+cdef inline int bitmap_reset(bitmap *b) noexcept nogil:
+    """Every bit back to its first value, and the pages back to the system; of a file's, the pages that have bits are written.
+    Nobody else may be setting bits."""
+    cdef uint64_t k = 0, end = b.mapped // 8
+    while b.in_file:
+        k = skip_blank_words(b.words, k, end, 0)
+        if k == end:
+            return 0
+        store_release(b.words + k, 0)
+        k += 1
     return madvise(b.words, b.mapped, MADV_DONTNEED)
 
 

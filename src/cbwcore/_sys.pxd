@@ -165,10 +165,16 @@ cdef extern from * nogil:
         return p;
     }
 
-    /* Let the memory at p be that of the file from off on, shared with whoever else maps or reads it: what is stored here
-       survives the process, at any instruction. The file must have its blocks, or a store that finds no space kills it. */
-    static int map_file_over(void *p, uint64_t n, int fd, uint64_t off) {
-        void *at = mmap(p, n, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)off);
+    /* Let the memory at p be that of the file from off on, and where shared, for whoever else maps or reads it, too: what is
+       stored here survives the process, at any instruction. The file must have its blocks, or a store that finds no space
+       kills it. */
+    static int map_file_over(void *p, uint64_t n, int fd, uint64_t off, int shared) {
+        void *at = mmap(p, n, PROT_READ | PROT_WRITE, (shared ? MAP_SHARED : MAP_PRIVATE) | MAP_FIXED, fd, (off_t)off);
+        return at == MAP_FAILED ? -errno : 0;
+    }
+    /* Let the pages at `from` be those at p, in one step for whoever reads there; `from` is gone. */
+    static int move_pages_over(void *p, void *from, uint64_t n) {
+        void *at = mremap(from, n, n, MREMAP_MAYMOVE | MREMAP_FIXED, p);
         return at == MAP_FAILED ? -errno : 0;
     }
 
@@ -268,6 +274,20 @@ cdef extern from * nogil:
         return mask & 0x2000u ? 0 : -EOPNOTSUPP;
     }
 
+    /* Nanoseconds since the epoch at which a file was made, by statx as above; 0, or -errno where its file system cannot tell. */
+    static int birth_time(int fd, int64_t *ns) {
+        unsigned char raw[256] = { 0 };
+        uint32_t mask, part;
+        int64_t sec;
+        if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, 0x800u /* STATX_BTIME */, raw))
+            return -errno;
+        memcpy(&mask, raw, 4);
+        memcpy(&sec, raw + 80, 8);
+        memcpy(&part, raw + 88, 4);
+        *ns = sec * 1000000000 + part;
+        return mask & 0x800u ? 0 : -EOPNOTSUPP;
+    }
+
     static const char zero_block[65536] __attribute__((aligned(4096)));
     """
     ctypedef struct pthread_t:
@@ -315,7 +335,8 @@ cdef extern from * nogil:
     int pthread_join(pthread_t t, void **result)
 
     void *map_lazily(uint64_t n)
-    int map_file_over(void *p, uint64_t n, int fd, uint64_t off)
+    int map_file_over(void *p, uint64_t n, int fd, uint64_t off, bint shared)
+    int move_pages_over(void *p, void *from_, uint64_t n)
     int munmap(void *p, size_t n)
     int madvise(void *p, size_t n, int advice)
     int MADV_DONTNEED
@@ -334,6 +355,7 @@ cdef extern from * nogil:
     int sync_once(int fd)
     int close_once(int fd)
     int dio_alignment(int fd, uint32_t *mem, uint32_t *offset)
+    int birth_time(int fd, int64_t *ns)
     const char zero_block[65536]
     int FALLOC_FL_PUNCH_HOLE
     int FALLOC_FL_ZERO_RANGE

@@ -1,4 +1,4 @@
-"""Dirty bitmaps in memory: which parts of a disk its guest has written.
+"""Dirty bitmaps: which parts of a disk its guest has written. In memory, or in a file where they outlive the process.
 
 Names follow QEMU's block-dirty-bitmap commands.
 """
@@ -6,22 +6,21 @@ Names follow QEMU's block-dirty-bitmap commands.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import bitarray as _bitarray
 import numpy as np
 from numpy.typing import NDArray
 
 from cbwcore._cbwcore import BitmapCore
-from cbwcore.errors import ConfigError
-from cbwcore.options import check_name
+from cbwcore.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
     from cbwcore.disk import Disk
     from cbwcore.freeze import Freeze
 
-__all__ = ["Bitmaps", "DirtyBitmap"]
+__all__ = ["DirtyBitmap"]
 
 MIN_GRANULARITY = 512
 MAX_GRANULARITY = 1 << 31
@@ -40,6 +39,9 @@ class DirtyBitmap(BitmapCore):
     Made by ``disk.bitmaps.add()`` it records the disk's guest writes while enabled: a bit is set before the write is
     submitted. Made by itself it is a plain set of ranges. The buffer protocol shows its bytes read-only and without a
     copy, bit i at byte i // 8, lowest bit first; bits past the last are 0.
+
+    ``inconsistent``: why what it has recorded is not all that was written, or None. Then it can only be removed, and
+    whoever asks for its bits gets StateError (the buffer protocol: BufferError).
     """
 
     def __new__(cls, size: int, granularity: int = 65536, *, name: str = "") -> DirtyBitmap:  # noqa: D102
@@ -49,11 +51,13 @@ class DirtyBitmap(BitmapCore):
         self.name = name
         self._disk: Disk | None = None
         self._freeze: Freeze | None = None  # the job that has it
-        # The id of the backup since which it has recorded without a gap; None: of none that is known.
-        self.since: str | None = None
+        self._since: str | None = None
+        self._persistent = False
 
     def __repr__(self) -> str:
         state = "frozen" if self.frozen else "recording" if self.enabled else "disabled"
+        if self.inconsistent is not None:
+            return f"<DirtyBitmap {self.name!r} of {self.size} bytes, inconsistent>"
         return (
             f"<DirtyBitmap {self.name!r} {self.count()} of {self.size} bytes, granularity {self.granularity}, {state}>"
         )
@@ -63,38 +67,89 @@ class DirtyBitmap(BitmapCore):
         """Whether a job has it: it stays as it was at T0, and a successor records (QEMU's "frozen")."""
         return self._freeze is not None
 
+    @property
+    def persistent(self) -> bool:
+        """Whether it outlives the process, in the disk's bitmap file."""
+        return self._persistent
+
+    @property
+    def since(self) -> str | None:
+        """The id of the backup since whose T0 it has recorded without a gap; None: of none that is known."""
+        return self._since
+
+    @since.setter
+    def since(self, value: str | None) -> None:
+        with self._owner():
+            self._check_usable()
+            self._save(since=value)
+            self._since = value
+
     def enable(self) -> None:
-        """Record guest writes: all that complete after this returns (QMP block-dirty-bitmap-enable). Needs a disk."""
+        """Record guest writes: all that complete after this returns (QMP block-dirty-bitmap-enable). Needs a disk.
+
+        Of a persistent bitmap also in the processes that open the disk later."""
         with self._changing() as disk:
             if disk is None:
                 raise ConfigError(f"bitmap {self.name!r} belongs to no disk; use disk.bitmaps.add()")
             disk._check_open()
+            before = self.enabled
             self._record(disk)
+            try:
+                self._save(enabled=True)
+            except BaseException:
+                if not before:
+                    self._record(None)
+                raise
 
     def disable(self) -> None:
         """Stop recording (QMP block-dirty-bitmap-disable). No incremental backup can rely on it any more."""
         with self._changing():
+            # First the file: whoever dies in between has recorded more than it says. The other way round a write that
+            # came in between would be missing in a bitmap that is called complete.
+            self._save(enabled=False, since=None)
             self._record(None)
-            self.since = None
+            self._since = None
 
     def clear(self) -> None:
         """Make all clean, at a moment when no guest write is in flight (QMP block-dirty-bitmap-clear).
 
         No incremental backup can rely on it any more."""
         with self._changing():
+            # First the file: whoever dies in the middle of the bits leaves none that anything relies on.
+            self._save(since=None)
             self._reset()
-            self.since = None
+            self._since = None
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Disk | None]:
-        """As `_owner`; ConfigError while a job has it."""
+        """As `_owner`; raises as `_check_idle`."""
         with self._owner() as disk:
             self._check_idle()
             yield disk
 
     def _check_idle(self) -> None:
+        """ConfigError while a job has it, or its disk is open read-only; StateError where it is inconsistent;
+        ValueError where it is persistent, and its disk closed."""
         if self.frozen:
             raise ConfigError(f"bitmap {self.name!r} is in use by a job")
+        self._check_usable()
+
+    def _check_usable(self) -> None:
+        self._check_consistent()
+        if self._persistent and self._disk is not None:
+            self._disk._check_open()
+            if self._disk.read_only:
+                raise ConfigError(f"bitmap {self.name!r} is in a file, and disk {self._disk.path} is open read-only")
+
+    def _check_consistent(self) -> None:
+        if self.inconsistent is not None:
+            raise StateError(f"bitmap {self.name!r} is inconsistent, remove it: {self.inconsistent}")
+
+    def _save(self, **fields: Any) -> None:
+        """Other fields of its `bitmap_file.Entry`, durable on return; nothing for a bitmap in memory. OSError,
+        StateError."""
+        if self._persistent and self._disk is not None:
+            self._disk.bitmaps._open_store().change(self.name, **fields)
 
     @contextlib.contextmanager
     def _owner(self) -> Iterator[Disk | None]:
@@ -112,6 +167,7 @@ class DirtyBitmap(BitmapCore):
                 raise ConfigError(f"a DirtyBitmap merges DirtyBitmaps, not {type(other).__name__}")
             if other.size != self.size:
                 raise ConfigError(f"bitmap {other.name!r} is of {other.size} bytes, not {self.size}")
+            other._check_consistent()
         with self._changing():
             for other in others:
                 self._merge(other)
@@ -131,6 +187,7 @@ class DirtyBitmap(BitmapCore):
 
     def count(self) -> int:
         """Marked bytes, in whole granules but for a short last one."""
+        self._check_consistent()
         bits: int = self._count()
         tail = self.size % self.granularity
         if tail and self.is_dirty(self.size - 1):
@@ -158,57 +215,18 @@ class DirtyBitmap(BitmapCore):
 
     def numpy(self) -> NDArray[np.uint8]:
         """The map's bytes as a read-only array that shares its memory (``np.unpackbits(a, bitorder="little")``)."""
+        self._check_consistent()
         return np.frombuffer(memoryview(self), dtype=np.uint8)
 
     def bitarray(self) -> _bitarray.bitarray:
         """The map as a read-only little-endian bitarray that shares its memory; whole bytes, so up to 7 bits longer."""
+        self._check_consistent()
         return _bitarray.bitarray(buffer=self, endian="little")
 
     def _check(self, offset: int, length: int) -> None:
+        self._check_consistent()
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ConfigError(f"offset {offset} length {length} is outside the bitmap's {self.size} bytes")
-
-
-class Bitmaps(Mapping[str, DirtyBitmap]):
-    """A disk's bitmaps by name."""
-
-    def __init__(self, disk: Disk) -> None:
-        self._disk = disk
-        self._by_name: dict[str, DirtyBitmap] = {}
-
-    def __getitem__(self, name: str) -> DirtyBitmap:
-        return self._by_name[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(tuple(self._by_name))
-
-    def __len__(self) -> int:
-        return len(self._by_name)
-
-    def add(self, name: str, *, granularity: int = 65536, enabled: bool = True) -> DirtyBitmap:
-        """Make a bitmap (QMP block-dirty-bitmap-add).
-
-        ConfigError for a name in use, or a granularity that is no power of two from 512 to 2**31 bytes."""
-        self._disk._check_open()
-        with self._disk._admin:
-            self._disk._check_open()
-            if check_name(name) in self._by_name:
-                raise ConfigError(f"disk {self._disk.path} has a bitmap {name!r} already")
-            bitmap = DirtyBitmap(self._disk.size, granularity, name=name)
-            bitmap._disk = self._disk
-            if enabled:
-                bitmap.enable()
-            self._by_name[name] = bitmap
-            return bitmap
-
-    def remove(self, name: str) -> None:
-        """Stop and forget a bitmap (QMP block-dirty-bitmap-remove). KeyError where there is none of that name."""
-        self._disk._check_forked()
-        with self._disk._admin:
-            bitmap = self._by_name[name]
-            bitmap.disable()  # ConfigError while a job has it
-            bitmap._disk = None
-            del self._by_name[name]
 
 
 def as_scope(bitmap: object, size: int, cluster_size: int) -> DirtyBitmap:
@@ -217,6 +235,7 @@ def as_scope(bitmap: object, size: int, cluster_size: int) -> DirtyBitmap:
     if isinstance(bitmap, DirtyBitmap):
         if bitmap.size != size:
             raise ConfigError(f"scope bitmap {bitmap.name!r} is of {bitmap.size} bytes, the disk of {size}")
+        bitmap._check_consistent()
         return bitmap
     if isinstance(bitmap, _bitarray.bitarray):
         bits = np.frombuffer(bitmap.unpack(), dtype=np.bool_)

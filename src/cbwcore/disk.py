@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from cbwcore._cbwcore import DiskCore
-from cbwcore.bitmaps import Bitmaps, DirtyBitmap
+from cbwcore.backup.group import backup_group
+from cbwcore.backup.job import BackupJob
+from cbwcore.bitmaps import DirtyBitmap
+from cbwcore.disk_bitmaps import Bitmaps
 from cbwcore.engines import choose_engine
 from cbwcore.extents import Extent, check_bitmap, check_range, walk
 from cbwcore.files import open_disk
@@ -30,10 +33,19 @@ class Disk(DiskCore):
 
     ``direct``: O_DIRECT; any offset, length and memory still work (R13). ``io``: "auto", "psync" or "io_uring".
     The disk is locked: for this object alone, or, where ``read_only``, against writers. OSError, ConfigError.
-    """
+
+    ``bitmaps``: the file of its persistent bitmaps, by default ``path`` with ``.cbw-bitmaps`` appended, and none for a
+    block device. Where it is there its bitmaps are loaded, and record again; where it is damaged or of another disk,
+    ``disk.bitmaps.problem`` says so. StateError where another process or disk has it."""
 
     def __init__(
-        self, path: str | os.PathLike[str], *, direct: bool = False, io: str = "auto", read_only: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        direct: bool = False,
+        io: str = "auto",
+        read_only: bool = False,
+        bitmaps: str | os.PathLike[str] | None = None,
     ) -> None:
         self._check_new()
         self.direct = direct
@@ -44,12 +56,18 @@ class Disk(DiskCore):
         self._admin = threading.RLock()
         self._closing = False  # set once, before _admin is taken to close
         self._snapshots: dict[Snapshot, None] = {}
+        self._jobs: dict[BackupJob, None] = {}  # those that are not concluded
         self.bitmaps = Bitmaps(self)
         self._file = open_disk(path, direct=direct, read_only=read_only)
         self._attach(os.fsdecode(path), *self._file, read_only, self.io == "io_uring")
+        forked.add(self)
+        try:
+            self.bitmaps._load(bitmaps)
+        except BaseException:
+            self._close()
+            raise
         if direct and io == "auto" and self.io == "psync":
             logger.info("disk %s: I/O by psync: %s", self.path, why)
-        forked.add(self)
 
     def __repr__(self) -> str:
         return f"<Disk {self.path} {'closed' if self.closed else f'{self.size} bytes'}>"
@@ -97,6 +115,64 @@ class Disk(DiskCore):
             on_break=on_break,
         )[0]
 
+    def backup(
+        self,
+        target: str | os.PathLike[str] | None,
+        *,
+        progress: Callable[[BackupJob], object] | None = None,
+        sync: str = "full",
+        bitmap: str | None = None,
+        bitmap_mode: str | None = None,
+        format: str | None = None,
+        compress: str | None = None,
+        backing: str | os.PathLike[str] | None = None,
+        fallback: str | None = None,
+        overwrite: bool = False,
+        verify: bool = False,
+        manifest: str | os.PathLike[str] | None = None,
+        speed: int = 0,
+        workers: int = 2,
+        chunk_size: int = 1 << 20,
+        on_source_error: str = "report",
+        on_target_error: str = "report",
+        name: str | None = None,
+        fleece: str | os.PathLike[str] | None = None,
+        fleece_limit: int | None = None,
+        cluster_size: int = 65536,
+        on_cbw_error: str = OnCbwError.BREAK_GUEST_WRITE,
+        cbw_timeout: float = 0.0,
+    ) -> BackupJob:
+        """Start a backup of the disk as it is at T0, a moment during this call (QMP blockdev-backup).
+
+        The options are those of `BackupOptions`, which says what they mean and which go together; ``progress(job)`` is
+        called from the job's threads, now and then. ConfigError: something was refused, and nothing was opened, created
+        or changed; OSError where the target cannot be made."""
+        return backup_group(
+            [(self, target)],
+            progress=progress,
+            sync=sync,
+            bitmap=bitmap,
+            bitmap_mode=bitmap_mode,
+            format=format,
+            compress=compress,
+            backing=backing,
+            fallback=fallback,
+            overwrite=overwrite,
+            verify=verify,
+            manifest=manifest,
+            speed=speed,
+            workers=workers,
+            chunk_size=chunk_size,
+            on_source_error=on_source_error,
+            on_target_error=on_target_error,
+            name=name,
+            fleece=fleece,
+            fleece_limit=fleece_limit,
+            cluster_size=cluster_size,
+            on_cbw_error=on_cbw_error,
+            cbw_timeout=cbw_timeout,
+        )[0]
+
     def block_status(
         self, offset: int = 0, length: int | None = None, *, bitmap: DirtyBitmap | None = None
     ) -> Iterator[Extent]:
@@ -123,19 +199,26 @@ class Disk(DiskCore):
         )
 
     def close(self) -> None:
-        """Close the snapshots, let requests under way finish, close the disk. It does not flush. Again does nothing.
+        """Cancel the backup jobs, close the snapshots, let requests under way finish, close the disk, then its bitmaps.
+        Again does nothing.
 
-        All of it happens, whatever fails; then the error is raised: OSError of a close."""
+        It does not flush, unless there are persistent bitmaps, which are clean only if the disk is safe. All of it
+        happens, whatever fails; then the error is raised: OSError of a close, or of the flush."""
         if self._forked():
             return
         self._closing = True
+        for job in tuple(self._jobs):
+            job.cancel()
+            job.join()
         with contextlib.ExitStack() as afterwards, self._admin, contextlib.ExitStack() as steps:  # backwards
+            steps.push(self._close_bitmaps)  # not before: what guests write up to then is recorded
             steps.callback(self._close)
-            for bitmap in self.bitmaps.values():
-                steps.callback(bitmap._record, None)
             for snapshot in tuple(self._snapshots):  # those that another thread is closing, too: it is waited for
                 afterwards.callback(snapshot._tell_break)  # without _admin, which its callback may wait for
                 steps.callback(snapshot._shut)
+
+    def _close_bitmaps(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.bitmaps._close(clean=kind is None)
 
     def __del__(self) -> None:
         if not self.closed:

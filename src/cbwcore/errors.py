@@ -7,7 +7,8 @@
     ├── CopyBeforeWriteError(CbwError, OSError)       the guest write refused under break-guest-write
     ├── SnapshotBrokenError(CbwError, OSError)        EACCES; ``__cause__`` is the first failure
     ├── SnapshotAccessError(CbwError, OSError)        EACCES: outside the scope bitmap, or discarded
-    └── StateError(CbwError)                          a persistent state file is damaged, foreign or in use
+    ├── StateError(CbwError)                          a persistent state file is damaged, foreign or in use
+    └── JobCancelledError(CbwError)                   the backup job was cancelled
 
 Failures of the disk itself are plain ``OSError(errno, text, path)``; use after close is ``ValueError``.
 """
@@ -20,6 +21,7 @@ __all__ = [
     "CbwError",
     "ConfigError",
     "CopyBeforeWriteError",
+    "JobCancelledError",
     "SnapshotAccessError",
     "SnapshotBrokenError",
     "StateError",
@@ -67,3 +69,7 @@ class SnapshotAccessError(CbwError, OSError):
 
 class StateError(CbwError):
     """A persistent state file is damaged, foreign or in use."""
+
+
+class JobCancelledError(CbwError):
+    """The backup job was cancelled: there is no image, and its bitmap has lost nothing."""

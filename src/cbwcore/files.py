@@ -77,6 +77,14 @@ def lock(fd: int, exclusive: bool) -> bool:
     return True
 
 
+def unlock_and_close(fd: int) -> None:
+    """A forked child shares the description, and would keep the lock for as long as it lives. OSError."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("@hhqqi", fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+    finally:
+        os.close(fd)
+
+
 @contextlib.contextmanager
 def closed_on_error(fd: int) -> Iterator[int]:
     """``fd``, closed if what is done with it fails."""

@@ -259,6 +259,7 @@ def _make_ready(wanted: Wanted, undo: contextlib.ExitStack) -> Taken:
         undo.callback(freeze.release)
     copies = []
     for bitmap in wanted.copies:
+        bitmap._check_consistent()
         copy = DirtyBitmap(bitmap.size, bitmap.granularity, name=bitmap.name)
         if bitmap.enabled:  # from here on it gets what the bitmap gets, until T0
             copy._record(wanted.disk)

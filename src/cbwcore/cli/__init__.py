@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 import cbwcore
 from cbwcore.cli.arguments import Parser, UsageError
+from cbwcore.cli.backup import add_command as add_backup
 from cbwcore.cli.bench import add_command as add_bench
+from cbwcore.cli.bitmap import add_command as add_bitmap
 from cbwcore.cli.demo import add_command as add_demo
 from cbwcore.cli.info import add_command as add_info
 from cbwcore.cli.restore import add_commands as add_restore
@@ -50,7 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_demo(commands)
     add_info(commands)
     add_serve(commands)
+    add_backup(commands)
     add_restore(commands)
+    add_bitmap(commands)
     add_bench(commands)
     return parser
 

@@ -18,18 +18,23 @@ from typing import Any, Self
 
 import msgspec
 
+from cbwcore.bitmaps import DirtyBitmap
 from cbwcore.cli.arguments import UsageError, as_usage, parse_seconds, parse_size
 from cbwcore.cli.output import console, print_json, size_text
 from cbwcore.disk import Disk
 from cbwcore.engines import ENGINES, choose_engine
+from cbwcore.errors import StateError
 from cbwcore.nbd.limits import NbdLimits
 from cbwcore.nbd.listen import activated_sockets, notify, notify_ready, resolve, split_address
 from cbwcore.nbd.server import NbdServer, check_exposure, check_uids
 from cbwcore.nbd.tls import TlsConfig
 from cbwcore.options import SnapshotOptions, check_name
 from cbwcore.policy import OnCbwError
+from cbwcore.snapshot import Wanted, take_snapshots
 
 __all__ = ["add_command"]
+
+logger = logging.getLogger(__name__)
 
 DISK = "disk"  # the name of the disk's export
 SNAPSHOT = "snapshot"  # and of the snapshot's
@@ -107,7 +112,10 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="show which parts were written since the start, as qemu:dirty-bitmap:NAME; may be repeated",
+        help="show what was written as qemu:dirty-bitmap:NAME, and make it if it is not there; may be repeated",
+    )
+    group.add_argument(
+        "--bitmaps", metavar="PATH", help="the file of the persistent bitmaps (default: DISK.cbw-bitmaps beside a file)"
     )
 
 
@@ -193,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
         pid_file = PidFile(args.pid_file)
         undo.callback(pid_file.remove)
         server = undo.enter_context(make_server(args, tls, limits))  # its place is taken before the disk is touched
-        disk = undo.enter_context(Disk(args.disk, direct=args.direct, io=args.io, read_only=args.read_only))
+        disk = undo.enter_context(open_disk(args))
         if not args.read_only:
             undo.callback(disk.flush)
         export(args, server, disk, options)
@@ -208,6 +216,11 @@ def run(args: argparse.Namespace) -> int:
         notify_ready()
         wait_for_end(server, ending, args.idle_exit)
     return 0
+
+
+def open_disk(args: argparse.Namespace) -> Disk:
+    """The disk; its persistent bitmaps record from here on. ConfigError, StateError, OSError."""
+    return Disk(args.disk, direct=args.direct, io=args.io, read_only=args.read_only, bitmaps=args.bitmaps)
 
 
 def make_server(args: argparse.Namespace, tls: TlsConfig | None, limits: NbdLimits) -> NbdServer:
@@ -233,12 +246,28 @@ def make_server(args: argparse.Namespace, tls: TlsConfig | None, limits: NbdLimi
 
 
 def export(args: argparse.Namespace, server: NbdServer, disk: Disk, options: SnapshotOptions | None) -> None:
-    """Export the disk, and take the snapshot and export it. ConfigError, OSError."""
-    bitmaps = [disk.bitmaps.add(name) for name in args.bitmap]
+    """Export the disk, and take the snapshot and export it: the bitmaps as they are, and as they were at T0.
+    ConfigError, OSError."""
+    bitmaps = [bitmap for name in args.bitmap for bitmap in find_bitmap(disk, name)]
     server.add_export(DISK, disk, writable=not args.read_only, bitmaps=bitmaps)
     if options is not None:
-        snapshot = options.take(disk)  # closed with the disk
-        server.add_export(snapshot.name, snapshot, bitmaps=bitmaps, discard=bool(args.discard))
+        (taken,) = take_snapshots([Wanted(disk, options, copies=bitmaps)])  # closed with the disk
+        server.add_export(taken.snapshot.name, taken.snapshot, bitmaps=taken.copies, discard=bool(args.discard))
+
+
+def find_bitmap(disk: Disk, name: str) -> list[DirtyBitmap]:
+    """The bitmap of that name, made if it is not there, and persistent where it can be. ConfigError, OSError.
+
+    None where it would say less than was written, or cannot be kept: the guest is served all the same, and whoever asks
+    for the bitmap finds none."""
+    try:
+        if name not in disk.bitmaps:
+            disk.bitmaps.add(name, persistent=not disk.read_only and disk.bitmaps.path is not None)
+        disk.bitmaps[name]._check_consistent()
+    except StateError as e:
+        logger.warning("bitmap %r is not shown: %s", name, e)
+        return []
+    return [disk.bitmaps[name]]
 
 
 def print_facts(args: argparse.Namespace, server: NbdServer, disk: Disk) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, Protocol, Self
 
 from cbwcore.errors import ConfigError
@@ -44,6 +44,7 @@ __all__ = ["Output", "Store", "open_output"]
 Path = str | os.PathLike[str]
 Format = Literal["raw", "qcow2"]
 Compression = Literal["zstd"]
+Check = Callable[[int, str, Manifest], object]
 
 
 class Store(Protocol):
@@ -154,8 +155,11 @@ class Output:
         self._digest.put_zeroes(piece)
         self._count(piece.length, piece.length)
 
-    def finish(self, facts: BackupFacts) -> Manifest:
-        """Make it a backup; its manifest. Once. OSError, ConfigError: it is none, and `abort` is left to be called."""
+    def finish(self, facts: BackupFacts, *, check: Check | None = None) -> Manifest:
+        """Make it a backup; its manifest. Once. OSError, ConfigError: it is none, and `abort` is left to be called.
+
+        ``check(fd, path, manifest)`` is called when all is written, before the image has its name; what it raises is
+        raised."""
         if self._ended:
             raise ConfigError(f"{self.path} is finished or given up already")
         if (facts.sync != "full") != self.layered:
@@ -169,6 +173,8 @@ class Output:
             self._completed = True
             with named(self.path):
                 self._store.complete()
+            if check is not None:
+                check(self._fd, self.path, manifest)
             self._publish()
         except BaseException:
             self._withdraw()

@@ -36,7 +36,8 @@ class Export:
 
     ``name``: up to 1023 bytes of UTF-8 without NUL, and may be empty. ``writable``: of a disk that is not read-only.
     ``bitmaps``: `DirtyBitmap`s as large as the source, or names of its disk's. ``discard``: TRIM of a snapshot gives
-    up what it covers (reclaim). ``description``: for people, up to 4096 bytes. ConfigError; ValueError after close.
+    up what it covers (reclaim). ``description``: for people, up to 4096 bytes. ConfigError; StateError for
+    an inconsistent bitmap; ValueError after close.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ def _checked_bitmaps(
             raise ConfigError(
                 f"export {name!r}: bitmap {bitmap.name!r} is of {bitmap.size} bytes, the export of {source.size}"
             )
+        bitmap._check_consistent()
         if check_name(bitmap.name) in seen:
             raise ConfigError(f"export {name!r} has two bitmaps {bitmap.name!r}")
         seen.add(bitmap.name)
