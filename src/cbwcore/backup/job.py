@@ -128,7 +128,8 @@ class BackupJob:
         self._plan = making.plan
         self._output = making.output
         self._progress = progress
-        self._lock = threading.Lock()  # guards the plan, what is to be done again, and the counters
+        self._planning = threading.Lock()  # guards the plan, whose questions to the disk may take their time
+        self._lock = threading.Lock()  # guards what is to be done again, and the counters; held across nothing
         self._again: deque[Work] = deque()
         self._done_bytes = 0
         self._retries = 0
@@ -286,14 +287,15 @@ class BackupJob:
         assert self._plan is not None
         assert self._output is not None
         while True:
-            with self._lock:
-                try:
+            try:
+                with self._planning:
                     span = self._plan.next()
-                except (OSError, CbwError, ValueError) as e:
-                    failed = e
-                else:
                     if span is not None:
                         return Work(span, self._output.begin(span.offset, span.length))
+            except (OSError, CbwError, ValueError) as e:
+                failed = e
+            else:
+                with self._lock:
                     return self._again.popleft() if self._again else None
             self._meet(failed, "read", None)
 
