@@ -834,6 +834,17 @@ def test_writes_that_race_with_close_are_recorded(path):
         assert granules(disk.bitmaps["daily"]) >= done[0] | done[1]
 
 
+def test_a_write_just_before_the_disk_closes_is_recorded(path):
+    class Closing(cbwcore.Disk):
+        def _close(self):
+            self.pwrite(b"x", 77 * UNIT)
+            super()._close()
+
+    Closing(path).close()
+    with cbwcore.Disk(path) as disk:
+        assert granules(disk.bitmaps["daily"]) == {2, 3, 77}
+
+
 # ---- storage fails ----
 
 
