@@ -35,6 +35,41 @@ def test_a_full_backup_is_the_disk(make_disk, tmp_path, size, chunk_size):
     assert result.manifest.size == size
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("compress", [None, "zstd"])
+def test_a_full_qcow2_backup_is_the_disk(make_disk, tmp_path, size, compress):
+    disk = make_disk(size)
+    disk.backup(tmp_path / "image.qcow2", compress=compress).wait()
+    cbwcore.restore(tmp_path / "image.qcow2", tmp_path / "restored")
+    assert file_bytes(tmp_path / "restored") == file_bytes(disk.path)
+
+
+@pytest.mark.parametrize("name", ["image", "image.qcow2"])
+def test_a_sparse_disk_of_many_tebibytes(make_disk, tmp_path, name):
+    """It takes the time of what is stored."""
+    size = 15 << 40  # ext4 has no file of 16
+    disk = make_disk(0)
+    disk.close()
+    os.truncate(disk.path, size)
+    with cbwcore.Disk(disk.path) as disk:
+        spots = [0, 7 << 40, (9 << 40) + 12345, size - 5]
+        for offset in spots:
+            disk.pwrite(b"here!", offset)
+        result = disk.backup(tmp_path / name, bitmap="daily").wait(60)
+        assert result.manifest.data_bytes == len(spots) * UNIT
+        disk.pwrite(b"there", 3 << 40)
+        if name.endswith("qcow2"):
+            inc = {"sync": "incremental", "bitmap": "daily", "backing": tmp_path / name}
+            assert disk.backup(tmp_path / "inc.qcow2", **inc).wait(60).manifest.data_bytes == UNIT
+            cbwcore.restore(tmp_path / "inc.qcow2", tmp_path / "restored")
+        else:
+            cbwcore.restore(tmp_path / name, tmp_path / "restored")
+    for offset in spots:
+        assert file_bytes(tmp_path / "restored", offset, 5) == b"here!"
+    assert (file_bytes(tmp_path / "restored", 3 << 40, 5) == b"there") == name.endswith("qcow2")
+    assert (tmp_path / "restored").stat().st_blocks * 512 < 1 << 20
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("direct", [False, True])
 def test_a_full_backup_is_the_disk_of_t0(make_disk, tmp_path, workers, direct):
@@ -311,6 +346,28 @@ def failing_target(monkeypatch):
 
     monkeypatch.setattr(cbwcore.images.raw_output, "write_all", write_all)
     return state
+
+
+def test_a_target_that_hangs_holds_no_guest_up(make_disk, tmp_path, monkeypatch):
+    """Nor does a paused job: guests write all of the disk meanwhile, the spans that are under way included."""
+    disk = make_disk()
+    disk.pwrite(b"1" * disk.size, 0)
+    real, goes_on, hanging = cbwcore.images.raw_output.write_all, threading.Event(), threading.Semaphore(0)
+
+    def write_all(fd, view, offset):
+        hanging.release()
+        assert goes_on.wait(60)
+        real(fd, view, offset)
+
+    monkeypatch.setattr(cbwcore.images.raw_output, "write_all", write_all)
+    job = disk.backup(tmp_path / "image", workers=2)
+    for _ in range(2):
+        assert hanging.acquire(timeout=20)
+    overwrite(disk)
+    assert file_bytes(disk.path) == b"x" * disk.size
+    goes_on.set()
+    job.wait(60)
+    assert file_bytes(tmp_path / "image") == b"1" * disk.size
 
 
 @pytest.mark.parametrize(("policy", "code"), [("report", errno.EIO), ("enospc", errno.EIO), ("report", errno.ENOSPC)])

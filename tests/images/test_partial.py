@@ -252,6 +252,27 @@ def test_a_leftover_that_another_writer_takes_off_meanwhile(place, monkeypatch):
     assert_backup(place / "full", b"\1" * UNIT)
 
 
+def test_a_leftover_in_whose_place_another_writer_is_meanwhile(place, monkeypatch):
+    """Between the opening of a leftover and its locking: then that writer's is left alone."""
+    from cbwcore.images import partial
+
+    real, taken = partial.lock, []
+    (place / "full.partial").write_bytes(b"leftover")
+
+    def lock(fd, *, exclusive):
+        if not taken:
+            os.unlink(place / "full.partial")
+            taken.append(os.open(place / "full.partial", os.O_RDWR | os.O_CREAT, 0o600))
+            assert real(taken[0], exclusive=True)
+        return real(fd, exclusive=exclusive)
+
+    monkeypatch.setattr(partial, "lock", lock)
+    with pytest.raises(ConfigError, match="in use: another writer"):
+        open_output(place / "full", size=UNIT, format="raw")
+    assert os.path.samestat(os.fstat(taken[0]), os.stat(place / "full.partial"))
+    os.close(taken[0])
+
+
 def test_abort_keeps_the_partial_if_asked(place):
     out = open_output(place / "full", size=UNIT, format="raw")
     images_support.store(out, b"\1" * UNIT)
@@ -274,7 +295,8 @@ def test_a_finish_that_failed_keeps_no_header(place, monkeypatch):
     with pytest.raises(OSError, match="broken"):
         out.finish(images_support.facts())
     monkeypatch.undo()
-    assert_no_backup(place / "full")
+    assert not (place / "full").exists()
+    assert not (place / "full.cbw.json").exists()
     out.abort(keep=True)
     assert os.listdir(place) == ["full.partial"]
     with open(place / "full.partial", "rb") as f:

@@ -391,6 +391,13 @@ def test_a_compressed_cluster_that_would_not_be_smaller_is_stored_plain(place, r
     assert_image(place / "full", content, place)
 
 
+def test_compressed_clusters_lie_close_together(place, rng):
+    """Across the borders of host clusters, too: half compressible ones take half of the space."""
+    content = b"".join(rng.randbytes(UNIT // 2 + 2000) + bytes(UNIT // 2 - 2000) for _ in range(64))
+    backup(place / "full", content, compress="zstd", longest=4)
+    assert os.path.getsize(place / "full") < 64 * (UNIT // 2 + 3000) + 6 * UNIT
+
+
 def test_host_clusters_shared_by_many_compressed_ones(place):
     content = b"".join(bytes([1 + i % 250]) * UNIT for i in range(800))
     backup(place / "full", content, compress="zstd")

@@ -94,6 +94,18 @@ def test_wild_entries(image, kind, value):
     assert verify_changed(path, original, start, new)
 
 
+@pytest.mark.parametrize("at", [0, UNIT + 512, UNIT * 10**6, 2**55])
+def test_tables_that_are_not_inside_the_file(image, at):
+    path, original = image
+    start = table_at(original, "l1")
+    path.write_bytes(original[:start] + struct.pack(">Q", COPIED | at) + original[start + 8 :])
+    with pytest.raises(StateError, match="a table at" if at % UNIT == 0 else "a table at|L1 entry"):
+        cbwcore.verify_backup(path)
+    path.write_bytes(original[:40] + struct.pack(">Q", at) + original[48:])
+    with pytest.raises(StateError, match="table"):
+        cbwcore.verify_backup(path)
+
+
 def test_entries_beyond_the_disk(image):
     path, original = image
     start = table_at(original, "l2")

@@ -288,6 +288,29 @@ def test_damage_of_one_copy_loses_nothing(path, copy):
         assert disk.bitmaps["daily"].since == "tuesday"
 
 
+@pytest.mark.parametrize("copy", [0, 1])
+def test_the_copy_that_is_no_good_is_written_first(path, monkeypatch, copy):
+    """A death in the middle of the other would leave none."""
+    flip(sidecar(path), copy * SLOT)
+    steps = []
+    monkeypatch.setattr(bitmap_file, "step", steps.append)
+    cbwcore.Disk(path).close()
+    assert steps[0] == f"copy {copy}"
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_the_later_copy_counts(path, copy):
+    """A process died between the two."""
+    generation, directory = directories(path)[0]
+    directory["bitmaps"][0]["since"] = "later"
+    text = json.dumps(directory).encode()
+    head = HEADER.pack(b"CBWBITS\n", 1, len(text), generation + 1, 0)[:24]
+    poke(sidecar(path), copy * SLOT, head + struct.pack("<I4x", google_crc32c.value(head + text)) + text)
+    with cbwcore.Disk(path) as disk:
+        assert disk.bitmaps["daily"].since == "later"
+    assert [d["bitmaps"][0]["since"] for _, d in directories(path)] == ["later", "later"]
+
+
 @pytest.mark.parametrize("offset", [*HEADER_BYTES, HEADER.size, HEADER.size + 100])
 def test_damage_of_both_copies(path, offset, caplog):
     flip(sidecar(path), offset)
@@ -811,6 +834,17 @@ def test_writes_that_race_with_close_are_recorded(path):
         assert granules(disk.bitmaps["daily"]) >= done[0] | done[1]
 
 
+def test_a_write_just_before_the_disk_closes_is_recorded(path):
+    class Closing(cbwcore.Disk):
+        def _close(self):
+            self.pwrite(b"x", 77 * UNIT)
+            super()._close()
+
+    Closing(path).close()
+    with cbwcore.Disk(path) as disk:
+        assert granules(disk.bitmaps["daily"]) == {2, 3, 77}
+
+
 # ---- storage fails ----
 
 
@@ -872,9 +906,6 @@ def no_space():
 @pytest.mark.parametrize("change", ["enable", "disable", "clear", "since", "add", "remove", "freeze"])
 def test_a_directory_that_cannot_be_written(path, monkeypatch, change, what):
     """All is as it was, bits are recorded on, and the next process finds them."""
-    fatal = not (
-        what == "sync" and change in ("add", "freeze")
-    )  # else it is the area's that fails: nothing is lost by it
 
     def life():
         disk = cbwcore.Disk(path)
@@ -914,7 +945,7 @@ def test_a_directory_that_cannot_be_written(path, monkeypatch, change, what):
             assert set(disk.bitmaps) == {"daily", "ödd"}
         if end is not None:
             end().close()  # in use still: what a failed fsync has lost is not told again
-            assert directories(path)[0][1]["in_use"] is fatal
+            assert directories(path)[0][1]["in_use"] is True
 
 
 @pytest.mark.parametrize("what", ["write_all", "sync"])

@@ -187,6 +187,7 @@ class BackupJob:
     def wait(self, timeout: float | None = None) -> BackupResult:
         """The result, once it is concluded. Raises what it failed with (OSError, CbwError), JobCancelledError, or
         TimeoutError after ``timeout`` seconds."""
+        self.disk._check_forked()  # the job's threads are the parent's
         if not self._ended.wait(timeout):
             raise TimeoutError(f"job {self.id} is not done after {timeout} seconds")
         if self._result is None:
