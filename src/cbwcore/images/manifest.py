@@ -157,11 +157,15 @@ def read_manifest(image: Path, manifest: Path | None = None) -> Manifest:
     StateError where it is missing, damaged or foreign; OSError where it cannot be read."""
     where = os.fspath(manifest) if manifest is not None else manifest_path(image)
     try:
-        fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(where, "rb", opener=_open_at_once) as f:
+            document = f.read(MAX_BYTES + 1) or b""  # None: of a pipe that has nothing yet
     except (FileNotFoundError, NotADirectoryError) as e:
         raise StateError(f"{os.fspath(image)} is no finished backup: its manifest {where} is missing") from e
-    with open(fd, "rb") as f:
-        document = f.read(MAX_BYTES + 1) or b""  # None: of a pipe that has nothing yet
     if len(document) > MAX_BYTES:
         raise StateError(f"{where} is no manifest of a cbwcore backup: it is larger than {MAX_BYTES} bytes")
     return decode_manifest(document, where)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe, too, which `open` would wait for."""
+    return os.open(path, flags | os.O_NONBLOCK)
