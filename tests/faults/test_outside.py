@@ -69,7 +69,10 @@ class Storage:
         self.trigger.unlink(missing_ok=True)
 
     def stop(self):
+        """All its threads: one that runs stops only at its next way out of the kernel."""
         self.server.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.server.pid}/task")
+        until(lambda: all("State:\tT" in (task / "status").read_text() for task in tasks.iterdir()), "it has stopped")
 
     def go_on(self):
         self.server.send_signal(signal.SIGCONT)

@@ -129,7 +129,7 @@ def give_up(ready: Ready, taken: Taken) -> None:
 
 
 def check_not_the_disk(disk: Disk, target: str | os.PathLike[str]) -> None:
-    """By what they are stored in: the disk may have another name by now. ConfigError; OSError if that cannot be told."""
+    """By what they are stored in: the disk may have another name by now. ConfigError; OSError where it is unknown."""
     if is_missing(target):
         return
     fd = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
