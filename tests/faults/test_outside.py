@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -41,6 +42,12 @@ def policy(request):
     return request.param
 
 
+def listens(address):
+    """The socket is there a moment before anybody can connect."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(address)) == 0
+
+
 class Storage:
     """A file over FUSE. Its server fails requests while the file `trigger` is there, and can be stopped."""
 
@@ -49,7 +56,7 @@ class Storage:
         self.image = self.folder / "image"
         self.image.write_bytes(content)
         self.trigger = self.folder / "trigger"
-        socket = self.folder / "socket"
+        address = self.folder / "socket"
         names = {"TRIGGER": str(self.trigger), "IMAGE": str(self.image)}
         for name, path in names.items():
             arguments = [argument.replace(name, path) for argument in arguments]
@@ -57,10 +64,10 @@ class Storage:
         settings = [a for a in arguments if not a.startswith("--filter")]
         if "eval" not in settings:
             settings = ["file", str(self.image), *settings]
-        self.server = subprocess.Popen(["nbdkit", "-f", "-U", socket, *filters, *settings])
+        self.server = subprocess.Popen(["nbdkit", "-f", "-U", address, *filters, *settings])
         resources.undo.callback(self.end)
-        until(socket.exists, "nbdkit listens")
-        self.path = nbdfuse(resources, f"nbd+unix:///?socket={socket}", str(self.folder / "fuse"))
+        until(lambda: listens(address), "nbdkit listens")
+        self.path = nbdfuse(resources, f"nbd+unix:///?socket={address}", str(self.folder / "fuse"))
 
     def fail(self):
         self.trigger.touch()
