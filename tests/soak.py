@@ -204,6 +204,7 @@ class Soak:
                 "--verify=crc32c",
                 "--verify_backlog=32",
                 "--verify_fatal=1",
+                "--verify_state_save=0",  # else its files would go where we are
                 "--fsync=64",
                 "--rate=8m",
                 f"--randseed={self.seed + number}",
