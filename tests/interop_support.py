@@ -9,6 +9,7 @@ import random
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,6 +100,21 @@ class Background:
             if process.poll() is None:
                 process.kill()
             process.wait()
+
+
+def listens(address):
+    """Whether a server can be connected to: its socket is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(address)) == 0
+
+
+def stop_process(pid):
+    """SIGSTOP, and wait until all its threads have stopped: one that runs does so at its next way out of the kernel."""
+    os.kill(pid, signal.SIGSTOP)
+    end = time.monotonic() + LIMIT
+    while not all("State:\tT" in (task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()):
+        assert time.monotonic() < end, f"process {pid} does not stop within {LIMIT} s"
+        time.sleep(0.001)
 
 
 # ---- the server ----

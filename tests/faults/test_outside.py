@@ -7,7 +7,6 @@ import contextlib
 import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from engine_support import CLUSTER, G, S, assert_broken, assert_refused, file_bytes, pattern, until
-from interop_support import LIMIT, nbdfuse, need
+from interop_support import LIMIT, listens, nbdfuse, need, stop_process
 
 import cbwcore
 from cbwcore.engines import choose_engine
@@ -40,12 +39,6 @@ def engine(request):
 @pytest.fixture(params=[G, S])
 def policy(request):
     return request.param
-
-
-def listens(address):
-    """The socket is there a moment before anybody can connect."""
-    with socket.socket(socket.AF_UNIX) as client:
-        return client.connect_ex(str(address)) == 0
 
 
 class Storage:
@@ -76,10 +69,7 @@ class Storage:
         self.trigger.unlink(missing_ok=True)
 
     def stop(self):
-        """All its threads: one that runs stops only at its next way out of the kernel."""
-        self.server.send_signal(signal.SIGSTOP)
-        tasks = Path(f"/proc/{self.server.pid}/task")
-        until(lambda: all("State:\tT" in (task / "status").read_text() for task in tasks.iterdir()), "it has stopped")
+        stop_process(self.server.pid)
 
     def go_on(self):
         self.server.send_signal(signal.SIGCONT)

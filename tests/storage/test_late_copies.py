@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from engine_support import until
-from interop_support import LIMIT, MIB, nbdfuse, need, pattern
+from interop_support import LIMIT, MIB, listens, nbdfuse, need, pattern, stop_process
 
 import cbwcore
 
@@ -34,7 +34,7 @@ class Server:
             ["nbdkit", "-f", "-U", sock, "--filter=log", "file", self.image, f"logfile={self.log}"]
         )
         resources.undo.callback(self.end)
-        until(sock.exists, "nbdkit listens")
+        until(lambda: listens(sock), "nbdkit listens")
         self.device = resources.loop(nbdfuse(resources, f"nbd+unix:///?socket={sock}", str(Path(folder, "fuse"))))
 
     def end(self):
@@ -43,7 +43,7 @@ class Server:
         self.process.wait(LIMIT)
 
     def stop(self):
-        os.kill(self.process.pid, signal.SIGSTOP)
+        stop_process(self.process.pid)
 
     def go_on(self):
         with contextlib.suppress(ProcessLookupError):

@@ -816,6 +816,12 @@ def test_an_encrypted_key_is_refused_and_nobody_is_asked(directory, certificates
         TlsConfig(directory)
 
 
+def test_revocations_that_cannot_be_read_are_not_taken_for_none(directory):
+    (directory / "ca-crl.pem").symlink_to(directory / "nowhere")
+    with pytest.raises((cbwcore.ConfigError, OSError), match=r"ca-crl\.pem"):
+        TlsConfig(directory)
+
+
 @pytest.mark.parametrize("names", [["crl", "other"], ["other"], ["ca"]])
 def test_a_certificate_among_the_revoked_is_not_trusted(directory, certificates, names):
     (directory / "ca-crl.pem").write_bytes(b"".join((certificates / f"{name}.pem").read_bytes() for name in names))

@@ -55,8 +55,16 @@ class TlsConfig:
         self.context.num_tickets = 0  # nobody resumes a session; a client that reads late would not see its alert
         self._load(SERVER_CERT, self._load_own)
         self._load(CA_CERT, self.context.load_verify_locations)
-        if os.path.exists(self._path(CA_CRL)):
+        if self._has(CA_CRL):
             self._load(CA_CRL, self._load_revoked)
+
+    def _has(self, name: str) -> bool:
+        """Whether it is there at all. OSError: what cannot be looked at must not pass for missing."""
+        try:
+            os.lstat(self._path(name))
+        except FileNotFoundError:
+            return False
+        return True
 
     def __repr__(self) -> str:
         return f"<TlsConfig {self.directory}, {'required' if self.required else 'allowed'}>"
