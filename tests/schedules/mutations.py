@@ -58,11 +58,15 @@ MUTATIONS = [
         "G1:w0,w0,r0",
     ),
     Mutation(
-        "who has copied does not look again (R1, R3)",
+        "who has waited for another's copy does not look again whether it failed (R3)",
         "_preserve.pxd",
-        "    while rc == 0 and s.state == ARMED:\n",
-        "    if rc == 0 and s.state == ARMED:\n",
-        "G1:w0,r0",
+        "        return wait_for(s, c << s.shift, cluster_end(c, s.shift, s.size), v.deadline, p)\n",
+        """        stop = <uint64_t>(-wait_for(s, c << s.shift, cluster_end(c, s.shift, s.size), v.deadline, p))
+        if stop == 0:
+            bitmap_put(&s.need, c, c + 1, False)
+        return -<int>stop
+""",
+        "G1:w0,w0,fw",
     ),
     Mutation(
         "a read does not look at the state again when it ends (R7)",
@@ -89,13 +93,6 @@ cdef inline int64_t read_run""",
         "G1:w0,r0",
     ),
     Mutation(
-        "a second writer does not wait for the first one's copy (R3)",
-        "_preserve.pxd",
-        "    if r != NULL or s.copies.count >= s.max_copies:\n",
-        "    if False:\n",
-        "G1:w0,w0,r0",
-    ),
-    Mutation(
         "a guest write does not look for snapshots again after its copies (R10)",
         "_engine.pxd",
         "    while own != NULL and needs_cbw(d, off, n):\n",
@@ -113,8 +110,12 @@ cdef inline int64_t read_run""",
         "the write is let go before the state is set (R7)",
         "_preserve.pxd",
         "        snapshot_break(s, &p.why)\n",
-        "        bitmap_put(&s.need, off >> s.shift, end, False)\n        snapshot_break(s, &p.why)\n",
-        "S1:w0,w0,fw",
+        """        bitmap_put(&s.need, off >> s.shift, end, False)
+        pthread_mutex_unlock(&s.lock)
+        pthread_mutex_lock(&s.lock)
+        snapshot_break(s, &p.why)
+""",
+        "S1:w0,w0,r0,fw",
     ),
     Mutation(
         "a late copy gives its claim up with its guest write (R8)",

@@ -697,6 +697,8 @@ cdef void *finish(void *arg) noexcept nogil:
             cs_fail("the snapshot is broken")
         if W.sides[i].s.state == ARMED:
             check_target(W.sides[i].s)
+            if W.sides[i].s.cause.error:
+                cs_fail("the snapshot has a cause, and is not broken")
         if W.sides[i].s.state == ARMED and not (has(OP_GIVE_UP) or has(OP_JOB)):
             if read_side(i, 0, SIZE, "a read in the end") < 0:
                 cs_fail("the snapshot cannot be read in the end")
