@@ -11,13 +11,13 @@
  * What runs under one lock is one `atomic`; what is outside of any is a step of its own. A condition variable is `asleep`: who
  * waits goes on only when woken, or by its timeout.
  */
-#if defined(CASE_protocol)              /* R1 to R3, R6 to R9: two writers and two readers, one cluster more than they need */
+#if defined(CASE_protocol)              /* R1 to R3, R6 to R9: two writers and a reader */
 #define WRITERS 2
-#ifdef POLICY_S
 #define READERS 1
-#else
+#elif defined(CASE_readers)             /* the same of one cluster, with two readers */
+#define WRITERS 2
 #define READERS 2
-#endif
+#define N 1
 #elif defined(CASE_patient)             /* nobody has a timeout: who is not woken hangs */
 #define WRITERS 2
 #define READERS 1
@@ -27,6 +27,9 @@
 #define READERS 1
 #define DISCARDS 1
 #define NO_TIMEOUT
+#ifdef POLICY_S
+#define N 1
+#endif
 #elif defined(CASE_job)                 /* a job: read, store, give up, of each cluster */
 #define WRITERS 2
 #define JOBS 1

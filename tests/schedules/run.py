@@ -5,8 +5,8 @@
     run.py --case CASE                                 one case, whole
     run.py --replay CASE:PATH                          the schedule that a failure has printed, step by step
 
-A case is SETTINGS:OPERATION,OPERATION..., the names being those of `schedules.SETTINGS` and `schedules.OPERATIONS`. Needs the
-module that run.sh builds. Exits with 1 where a schedule fails; it prints the schedule, and how to replay it.
+A case is SETTINGS:OPERATION,OPERATION..., the names being those of `schedules.SETTINGS` and `schedules.OPERATIONS`. Needs
+the module that run.sh builds. Exits with 1 where a schedule fails; it prints the schedule, and how to replay it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,30 @@ from typing import Any
 import schedules
 
 # What is explored in pairs and triples. Left out are those that differ from these by the cluster alone.
-CHOSEN = ["w0", "w", "p0", "z0", "d0", "v", "n", "r", "s", "x", "t", "fw", "fr", "fd", "b", "c", "C", "a", "g", "f", "F", "j"]
+CHOSEN = [
+    "w0",
+    "w",
+    "p0",
+    "z0",
+    "d0",
+    "v",
+    "n",
+    "r",
+    "s",
+    "x",
+    "t",
+    "fw",
+    "fr",
+    "fd",
+    "b",
+    "c",
+    "C",
+    "a",
+    "g",
+    "f",
+    "F",
+    "j",
+]
 NEED_SNAPSHOT = {"r0", "r", "s", "x0", "x", "b", "c", "j"}
 ARMING = {"a", "g", "f", "F"}
 MOST_ARMING = 2  # of a case: maps, and places in the oracle
@@ -76,11 +99,21 @@ def settings(operations: Iterable[str]) -> Iterator[str]:
             yield f"{policy}{timeout}h{snapshots}"
 
 
+def too_many(names: Iterable[str]) -> bool:
+    """Snapshots, or freezes of the one bitmap."""
+    counts = [sum(name in kind for name in names) for kind in (ARMING, {"f", "F"})]
+    return counts[0] > MOST_ARMING or counts[1] > 1
+
+
 def tuples(count: int) -> Iterator[str]:
     """All cases of so many operations."""
     for names in itertools.combinations_with_replacement(CHOSEN, count):
         frozen = sum(name in ("f", "F") for name in names)
-        if sum(name in ARMING for name in names) > MOST_ARMING or frozen > 1 or sum(n in ("fw", "fr", "fd") for n in names) > 1:
+        if (
+            sum(name in ARMING for name in names) > MOST_ARMING
+            or frozen > 1
+            or sum(n in ("fw", "fr", "fd") for n in names) > 1
+        ):
             continue
         if all(name in ("t", "fw", "fr", "fd", "b") for name in names):
             continue
@@ -92,7 +125,7 @@ def draw(r: random.Random) -> str:
     """A case of two to six operations."""
     while True:
         names = [r.choice(list(schedules.OPERATIONS)) for _ in range(r.randint(2, 6))]
-        if sum(name in ARMING for name in names) > MOST_ARMING or sum(name in ("f", "F") for name in names) > 1:
+        if too_many(names):
             continue
         number = r.choice("012")
         if number == "0" and set(names) & (NEED_SNAPSHOT | {"R"}):
@@ -140,7 +173,7 @@ def tell(result: dict[str, Any]) -> None:
     print(f"run.py: replay with: tests/schedules/run.sh --replay {case}:{path}", flush=True)
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """A schedule failed; it has been told."""
 
 
@@ -154,7 +187,7 @@ class Total:
     def add(self, result: dict[str, Any]) -> None:
         if result["status"] in ("violation", "bad schedule"):
             tell(result)
-            raise Failed
+            raise FailedError
         if result["status"] == "limit":
             self.unfinished.append(result["case"])
         self.cases += 1
@@ -175,14 +208,14 @@ def run_all(pool: ProcessPoolExecutor, cases: Iterable[tuple[Callable[..., dict[
         while waiting and (function is None or len(waiting) > 3 * (os.cpu_count() or 1)):
             try:
                 total.add(waiting.pop(0).result())
-            except Failed:
+            except FailedError:
                 failed = True
                 if not keep:
                     for future in waiting:
                         future.cancel()
                     raise
     if failed:
-        raise Failed
+        raise FailedError
     return total
 
 
@@ -209,8 +242,8 @@ def ci(pool: ProcessPoolExecutor, seconds: float, seed: int, least: int) -> None
     total = run_all(pool, more(), keep=False)
     spent = time.monotonic() - began_walking
     print(
-        f"run.py: seed {seed}: {total.ends} schedules at random of {total.cases} cases, {total.steps} steps; {spent:.0f} s, "
-        f"{total.ends / max(spent, 0.001):.0f} schedules/s"
+        f"run.py: seed {seed}: {total.ends} schedules at random of {total.cases} cases, {total.steps} steps; "
+        f"{spent:.0f} s, {total.ends / max(spent, 0.001):.0f} schedules/s"
     )
 
 
@@ -236,7 +269,7 @@ def main() -> int:
                 print(f"run.py: not finished: {total.unfinished}")
             else:
                 ci(pool, options.seconds, options.seed, options.schedules)
-        except Failed:
+        except FailedError:
             return 1
     return 0
 
