@@ -18,7 +18,7 @@ CASES = [
 
 READ = "assertion violated (r==t0["  # a snapshot read, or block status, is not as at T0
 COPY = "]==t0["  # R2: done is set where the disk does not hold T0 any more
-USED = ("assertion violated !(freed[", "assertion violated !(gone[")  # after close
+USED = ("!(freed[", "!(gone[")  # after close
 
 # number of the ordering, what is taken away, a case that shows it, what spin says
 MUTATIONS = [

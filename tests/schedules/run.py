@@ -5,8 +5,8 @@
     run.py --case CASE                                 one case, whole
     run.py --replay CASE:PATH                          the schedule that a failure has printed, step by step
 
-A case is SETTINGS:OPERATION,OPERATION..., the names being those of `schedules.SETTINGS` and `schedules.OPERATIONS`. Needs
-the module that run.sh builds. Exits with 1 where a schedule fails; it prints the schedule, and how to replay it.
+A case is SETTINGS:OPERATION,OPERATION..., the names being those of `schedules.SETTINGS` and `schedules.OPERATIONS`.
+Needs the module that run.sh builds. Exits with 1 where a schedule fails; it prints the schedule, and how to replay it.
 """
 
 from __future__ import annotations
