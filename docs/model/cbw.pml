@@ -625,7 +625,11 @@ inline run_readers() {
 #elif NS == 1
       run reader(0)
 #else
+#ifdef POLICY_S
+      run reader(1)                                     /* whose old data may be what was read for the other */
+#else
       if :: run reader(0) :: run reader(1) fi
+#endif
 #endif
     };
     k_ = 0

@@ -70,6 +70,7 @@ def check(tmp_path):
     return run
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("case", "policy"), CASES)
 def test_the_protocol_has_no_violation_and_no_deadlock(check, case, policy):
     report = check(f"-DCASE_{case}", *POLICIES[policy])
