@@ -289,6 +289,11 @@ cdef extern from * nogil:
     }
 
     static const char zero_block[65536] __attribute__((aligned(4096)));
+
+    /* The test build of tests/schedules alone: its scheduler puts itself before all of the above. */
+    #ifdef CBWCORE_YIELD
+    #include CBWCORE_YIELD
+    #endif
     """
     ctypedef struct pthread_t:
         pass

@@ -65,3 +65,10 @@ def test_off_linux_the_build_says_what_it_needs(tree):
     refused = configure(tree, "-DCMAKE_SYSTEM_NAME=Darwin")
     assert refused.returncode != 0
     assert re.search(r"cbwcore needs Linux.*Darwin", refused.stderr.replace("\n", " "))
+
+
+def test_the_product_has_nothing_of_the_scheduler():
+    """CBWCORE_YIELD is for tests/schedules alone: the core that is installed knows no word of it."""
+    import cbwcore._cbwcore as core
+
+    assert b"cs_point" not in Path(core.__file__).read_bytes()
