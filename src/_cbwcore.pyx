@@ -409,7 +409,6 @@ cdef class DiskCore:
         self.d = <disk *>calloc(1, sizeof(disk))
         if self.d == NULL or disk_init(self.d) < 0 or blk_init(&self.d.io) < 0:
             raise MemoryError("no memory for a disk")
-        self.d.closed = 1
         self.generation = fork_generation
 
     def __dealloc__(self):
@@ -437,8 +436,8 @@ cdef class DiskCore:
 
     @property
     def closed(self):
-        """Whether close() was called, or this is the child of a fork."""
-        return bool(load_relaxed(&self.d.closed)) or self.generation != fork_generation
+        """Whether it is not open: never opened, or closed, or this is the child of a fork."""
+        return self.d == NULL or bool(load_relaxed(&self.d.closed)) or self.generation != fork_generation
 
     cdef object failed(self, int64_t rc, const failure *why):
         if rc == E_CLOSED:

@@ -88,7 +88,7 @@ cdef inline int disk_init(disk *d) noexcept nogil:
     cdef int rc
     memset(d, 0, sizeof(disk))
     d.io.fd = d.io.tail_fd = -1
-    d.refs = 1
+    d.refs = d.closed = 1
     pthread_mutex_init(&d.gate_lock, NULL)
     rc = posix_memalign(&slots, 128, CBW_SLOTS * sizeof(slot))
     if rc:
