@@ -27,7 +27,7 @@ FUNCTION = re.compile(r"^\s*(?:cdef|cpdef|def)\b[^=#]*?(\w+)\s*\(")
 C_FUNCTION = re.compile(r"^    static\b[^;=]*?(\w+)\(")
 C_BLOCK = re.compile(r'cdef extern from \* nogil:\n    """\n(.*?)    """\n', re.S)
 NO_CODE = re.compile(
-    r'(else|try|finally|with nogil)\s*:$|pass$|global |[rbf]?"|@'  # no more than their parts
+    r'(else|try|finally|with nogil|while True)\s*:$|pass$|global |[rbf]?"|@'  # no more than their parts
     r"|(cdef|cpdef|def|class|include|cimport|from|import|ctypedef)\b(?!.*[^=!<>]=[^=])"  # declarations without a value
 )
 
@@ -40,6 +40,7 @@ class Source:
     text: list[str] = field(default_factory=list)
     functions: list[str] = field(default_factory=list)  # the one that each line is in, "" for none
     in_c: range = range(0)  # lines of the C block
+    in_docstring: set[int] = field(default_factory=set)
     counts: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,6 +49,7 @@ class Source:
             first = self.path.read_text()[: block.start(1)].count("\n") + 1
             self.in_c = range(first, first + block.group(1).count("\n"))
         self.functions = self._name_functions()
+        self.in_docstring = self._find_docstrings()
 
     def _name_functions(self) -> list[str]:
         names, name, indent = [], "", 0
@@ -61,15 +63,27 @@ class Source:
             names.append(name)
         return names
 
+    def _find_docstrings(self) -> set[int]:
+        found = set()
+        for token in self._tokens():
+            if token.type == tokenize.STRING and token.line.lstrip().startswith('"""') and token.start[0] not in self.in_c:
+                found |= set(range(token.start[0], token.end[0] + 1))
+        return found
+
+    def _tokens(self) -> list[tokenize.TokenInfo]:
+        return list(tokenize.generate_tokens(io.StringIO("\n".join(self.text[1:]) + "\n").readline))
+
     def is_code(self, number: int) -> bool:
-        """Whether a line can be run; what gcov puts elsewhere belongs to the line before."""
-        return 0 < number < len(self.text) and not re.match(r"\s*(#|/\*.*\*/$|[{}]?$)", self.text[number])
+        """Whether a line can be run. What gcov puts elsewhere is of Cython's own making: what it adds to a function, and how
+        a class comes to be."""
+        if not 0 < number < len(self.text) or number in self.in_docstring:
+            return False
+        return bool(self.functions[number]) and not re.match(r"\s*(#|/\*.*\*/$|[{}]?$)", self.text[number])
 
     def statements(self) -> list[range]:
         """The lines of each statement in a function that code must be generated for."""
         found, start = [], None
-        tokens = tokenize.generate_tokens(io.StringIO("\n".join(self.text[1:]) + "\n").readline)
-        for token in tokens:
+        for token in self._tokens():
             if token.type == tokenize.NEWLINE and start is not None:
                 text = self.text[start].strip()
                 if self.functions[start] and not NO_CODE.match(text):

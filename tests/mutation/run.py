@@ -11,6 +11,7 @@ tests do not exist. Needs what tests/requirements.py prints, gcc, and liburing w
 """
 
 import argparse
+import compileall
 import concurrent.futures
 import datetime
 import os
@@ -28,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LISTED = Path(__file__).with_name("mutants.toml")
 HANG = 30  # seconds after which a test hangs
+GIVE_UP = 90  # seconds for the tests of a mutant, where not even pytest can end them
 LIMIT = 5  # seconds that the tests wait for what must come (engine_support.LIMIT)
 FAILED, USAGE = 1, (2, 3, 4, 5)  # exits of pytest: a test failed; it could not run, or found no test
 
@@ -77,11 +79,12 @@ def build(tree: Path) -> str | None:
     module = tree / "src" / "cbwcore" / f"_cbwcore{sysconfig.get_config_var('EXT_SUFFIX')}"
     has_uring = any((Path(p) / "liburing.h").exists() for p in ("/usr/include", "/usr/local/include"))
     uring = ['-DCBW_LIBURING="2"', "-luring"] if has_uring else ["", ""]
+    cython = [sys.executable, "-m", "cython", "-3", "-X", "emit_code_comments=False", "-I", "src"]
     commands = [
-        [sys.executable, "-m", "cython", "-3", "-I", "src", "--module-name", "cbwcore._cbwcore", "-o", "core.c", "src/_cbwcore.pyx"],
+        [*cython, "--module-name", "cbwcore._cbwcore", "-o", "core.c", "src/_cbwcore.pyx"],
         ["gcc", "-O0", "-w", "-fPIC", "-fno-strict-aliasing", "-I", include, *uring[:1], "-c", "core.c", "-o", "core.o"],
         ["gcc", "-shared", "core.o", "-lpthread", *uring[1:], "-o", str(module)],
-    ]  # fmt: skip
+    ]
     for command in commands:
         done = subprocess.run([c for c in command if c], cwd=tree, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -89,19 +92,18 @@ def build(tree: Path) -> str | None:
     return None
 
 
-def judge(tree: Path, tests: list[str], engine: str | None = None) -> Verdict:
-    """Run tests against the core of `tree`."""
+def judge(tree: Path, tests: list[str], seconds: float) -> Verdict:
+    """Run tests against the core of `tree`, for so long at most."""
     env = os.environ | {
         "PYTHONPATH": str(tree / "src"),
-        "PYTHONDONTWRITEBYTECODE": "1",
         "CBWCORE_TEST_LIMIT": str(LIMIT),
     }
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", f"timeout={HANG}"]
     command += [f"tests/{test}" for test in tests]
     try:
-        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False, timeout=600)
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return Verdict(True, "hang: the tests did not end in 600 s")
+        return Verdict(True, f"hang: the tests did not end in {seconds:.0f} s")
     if "+ Timeout +" in done.stdout + done.stderr:
         return Verdict(True, f"hang: a test did not end in {HANG} s")
     if done.returncode < 0:
@@ -109,7 +111,7 @@ def judge(tree: Path, tests: list[str], engine: str | None = None) -> Verdict:
     if done.returncode == 0:
         return Verdict(False, "")
     failed = re.search(r"(?m)^(?:FAILED|ERROR) tests/(\S+)", done.stdout)
-    if done.returncode != FAILED or failed is None or "does not match" in done.stdout:
+    if done.returncode != FAILED or failed is None or "ImportError while loading conftest" in done.stderr:
         return Verdict(False, f"pytest exits with {done.returncode}: {done.stdout.strip()[-600:]}", judged=False)
     hang = ", after a wait for what did not come" if re.search(rf"not within {LIMIT}|hangs?: ", done.stdout) else ""
     return Verdict(True, failed.group(1) + hang)
@@ -121,15 +123,14 @@ def try_out(mutant: Mutant, pristine: Path, work: Path) -> Verdict:
     try:
         copy_tree(pristine, tree)
         wrong = apply(mutant, tree) or build(tree)
-        return Verdict(False, wrong, judged=False) if wrong else judge(tree, mutant.tests)
+        return Verdict(False, wrong, judged=False) if wrong else judge(tree, mutant.tests, GIVE_UP * max(1, len(mutant.tests)))
     finally:
         shutil.rmtree(tree)
 
 
 def copy_tree(source: Path, tree: Path) -> None:
-    """The sources; the tests are linked, for they do not change."""
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(source / "src", tree / "src", ignore=ignore)
+    """The sources; the tests are linked, for they do not change, and need be compiled but once."""
+    shutil.copytree(source / "src", tree / "src")
     shutil.copy(source / "pyproject.toml", tree)
     (tree / "tests").symlink_to(source / "tests")
 
@@ -159,6 +160,7 @@ def main() -> int:
         shutil.copytree(ROOT / "src", pristine / "src", ignore=ignore)
         shutil.copytree(ROOT / "tests", pristine / "tests", ignore=ignore)
         shutil.copy(ROOT / "pyproject.toml", pristine)
+        compileall.compile_dir(pristine / "src", quiet=1)
         print(f"{len(mutants)} mutants: {which}", flush=True)
         return try_all(mutants, pristine, work, args.jobs, began)
 
