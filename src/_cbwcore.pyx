@@ -875,9 +875,10 @@ cdef class SnapshotCore:
             "arm_pause": now.arm_pause_ns / 1e9,
         }
 
-    def _copies_in_flight(self):
-        """Guest writes' copies under way at this moment; 0 after close."""
-        return self.s.copies.count if self.s != NULL else 0
+    @property
+    def _target_bytes(self):
+        """What `stats` calls target_bytes, at this moment and without a lock; 0 after close."""
+        return load_relaxed(&self.s.target_used) if self.s != NULL else 0
 
     def _map(self, str name):
         """For tests: a map as a list of bools, one per cluster."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import google_crc32c
@@ -33,10 +32,16 @@ SLOT = 512 << 10  # bytes of a copy
 AREAS = 2 * SLOT  # where the first area may begin
 PAGE = 4096
 PIECE = 1 << 20
+SPARE = 512  # bytes of JSON that a bitmap may come to need: for a job, an epoch, a checksum
 
 
 def step(what: str) -> None:
     """For tests, which put a function in its place that ends the process here."""
+
+
+def sync(fd: int) -> None:
+    """Make all that was written durable, mapped pages included; for tests to watch. OSError."""
+    os.fsync(fd)
 
 
 class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -170,30 +175,31 @@ def _check_directory(directory: Directory) -> None:
         end = offset + length
 
 
-def encode_directory(directory: Directory) -> bytes:
-    """The JSON. ConfigError where it has no room in the file."""
+def encode_directory(directory: Directory, spare: int = 0) -> bytes:
+    """The JSON. ConfigError where it, and ``spare`` bytes for each bitmap, have no room in the file."""
     text = msgspec.json.encode(directory)
-    if HEADER.size + len(text) > SLOT:
+    if HEADER.size + len(text) + spare * len(directory.bitmaps) > SLOT:
         raise ConfigError(
             f"the directory of {len(directory.bitmaps)} bitmaps takes {len(text)} bytes, more than there are"
         )
     return text
 
 
-def write_directory(fd: int, slot: Slot, directory: Directory, sync: Callable[[int], None] = os.fsync) -> Slot:
+def write_directory(fd: int, slot: Slot, directory: Directory, *, durable: bool = True) -> Slot:
     """Both copies, first the one that does not count in ``slot``; durable on return. OSError; ConfigError, and nothing
     was written."""
     text = encode_directory(directory)
     generation = slot.generation + 1
     record = HEADER.pack(MAGIC, VERSION, len(text), generation, _crc_of(VERSION, generation, text)) + text
-    for index in (1 - slot.number, slot.number):
-        step(f"copy {index}")
+    for number in (1 - slot.number, slot.number):
         # Whoever dies in here leaves this copy torn, and the other whole: first as it was before the change, which
         # nobody has acted on yet, then as it is after it.
-        write_all(fd, record, index * SLOT)
-        step(f"copy {index} written")
+        step(f"copy {number}")
+        write_all(fd, record, number * SLOT)
+        step(f"copy {number} written")
         # Without this the machine could write the second copy, and tear it, before the first is on storage.
-        sync(fd)
+        if durable:
+            sync(fd)
     return Slot(slot.number, generation, directory)
 
 

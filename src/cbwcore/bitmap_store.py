@@ -19,7 +19,19 @@ import msgspec
 
 from cbwcore import bitmap_file
 from cbwcore._cbwcore import BitmapCore, punch_hole
-from cbwcore.bitmap_file import AREAS, Directory, Entry, Job, Slot, checksum, read_directory, write_all, write_directory
+from cbwcore.bitmap_file import (
+    AREAS,
+    SPARE,
+    Directory,
+    Entry,
+    Job,
+    Slot,
+    checksum,
+    encode_directory,
+    read_directory,
+    write_all,
+    write_directory,
+)
 from cbwcore.errors import StateError
 from cbwcore.files import OPEN_FLAGS, BlockFile, lock, unlock_and_close
 from cbwcore.forked import forked
@@ -62,9 +74,9 @@ def open_store(path: str, disk: BlockFile, *, read_only: bool) -> BitmapStore | 
         return None
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, fd)
-        _lock(fd, path, exclusive=not read_only)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise UnusableError(f"{path} is no regular file")
+        _lock(fd, path, exclusive=not read_only)
         try:
             slot = read_directory(fd)
         except StateError as e:
@@ -168,9 +180,10 @@ class BitmapStore:
         entry = self._entries[name]
         why = entry.inconsistent or self._what_happened() or self._cut(entry)
         if why is None:
-            if not self.read_only:
-                os.posix_fallocate(self._fd, entry.offset, entry.length)  # a sparse copy has no blocks for the bits
-            bitmap._map_file(self._fd, entry.offset, shared=not self.read_only)
+            with self._named_errors():
+                if not self.read_only:
+                    os.posix_fallocate(self._fd, entry.offset, entry.length)  # a sparse copy has no blocks for the bits
+                bitmap._map_file(self._fd, entry.offset, shared=not self.read_only)
             if entry.crc is not None and checksum(memoryview(bitmap)) != entry.crc:
                 why = "its bits are damaged"
         if why is not None:
@@ -232,6 +245,7 @@ class BitmapStore:
     def add(self, bitmap: BitmapCore, name: str, *, enabled: bool, content: BitmapCore | None = None) -> None:
         """A new bitmap, whose bits are the file's from here on, and at first those of ``content``. OSError,
         ConfigError, StateError; then nothing is changed."""
+        self._check_room(name)
         area = self._allocate(bitmap, name)
         with self._given_back(bitmap, area):
             if content is not None:
@@ -239,6 +253,12 @@ class BitmapStore:
             # Whoever dies before has leaked an area that no directory names; after, the bitmap is there, with its bits.
             entry = Entry(name, bitmap.granularity, enabled, None, area.offset, area.length)
             self._write([*self.entries, entry])
+
+    def _check_room(self, name: str) -> None:
+        """So that what is to be said of a bitmap later does not fail for want of room. ConfigError."""
+        entry = Entry(name, 1 << 31, False, None, 2**63, 2**63)
+        directory = msgspec.structs.replace(self._slot.directory, bitmaps=(*self.entries, entry))
+        encode_directory(directory, SPARE)
 
     def remove(self, name: str) -> Area:
         """The directory forgets a bitmap; to be freed when its bits are no longer the file's. OSError, StateError.
@@ -292,18 +312,39 @@ class BitmapStore:
         try:
             self._zero(area, size)
             os.posix_fallocate(self._fd, *area)  # a store into a page without space for it would be SIGBUS
-            bitmap_file.step("area allocated")
-            # Durable before a directory names it: else the machine's end could leave what was there before as bits. (It
-            # leaves them inconsistent, too; but no promise should lean on another.)
-            os.fsync(self._fd)
         except OSError as e:
             with contextlib.suppress(OSError):
                 punch_hole(self._fd, *area)
                 os.ftruncate(self._fd, size)
             what = f"{e.strerror}: {area.length} bytes for the bits of bitmap {name!r}"
             raise OSError(e.errno, what, self.path) from None
-        bitmap._map_file(self._fd, area.offset)
+        bitmap_file.step("area allocated")
+        # Durable before a directory names it: else the machine's end could leave what was there before as bits. (It
+        # leaves them inconsistent, too; but no promise should lean on another.)
+        self._sync()
+        with self._named_errors():
+            bitmap._map_file(self._fd, area.offset)
         return area
+
+    def _sync(self) -> None:
+        try:
+            bitmap_file.sync(self._fd)
+        except OSError as e:
+            self._fail(e)
+            raise OSError(e.errno, e.strerror, self.path) from None
+
+    def _fail(self, error: OSError) -> None:
+        """What a failed fsync has lost it does not tell again: so this process never calls the file clean."""
+        self.failed = f"{error.strerror}"
+        logger.error("%s: %s; from here on only bits are recorded in it", self.path, error.strerror)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """OSError says of which file."""
+        try:
+            yield
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, self.path) from None
 
     def _find_room(self, length: int) -> Area:
         """The first gap between the areas, or after them."""
@@ -352,13 +393,11 @@ class BitmapStore:
         try:
             self._slot = write_directory(self._fd, self._slot, directory)
         except OSError as e:
-            # What a failed fsync has lost it does not tell again. So this process never calls the file clean; and so
-            # that its own death finds the file as it was, that is what the page cache gets to have.
-            self.failed = f"{e.strerror}"
-            logger.error("%s: %s; from here on only bits are recorded in it", self.path, e.strerror)
+            self._fail(e)
+            # So that the death of the process finds the file as it was, that is what the page cache gets to have.
             again = Slot(self._slot.number, self._slot.generation + 1, before)
             with contextlib.suppress(OSError):
-                write_directory(self._fd, again, before, sync=lambda fd: None)
+                write_directory(self._fd, again, before, durable=False)
             raise OSError(e.errno, e.strerror, self.path) from None
         self._entries = {entry.name: entry for entry in entries}
 
@@ -379,7 +418,7 @@ class BitmapStore:
         # the disk must still have them, too. Then mtime_ns is also what the next boot finds.
         bitmap_file.step("sync disk")
         try:
-            os.fsync(self._disk_fd)
+            bitmap_file.sync(self._disk_fd)
         except OSError as e:
             raise OSError(
                 e.errno, f"{e.strerror}: the disk was not flushed, its bitmaps stay in use", self.path
@@ -389,7 +428,7 @@ class BitmapStore:
         bitmap_file.step("sync bits")
         # Durable before the directory calls them clean. (Its own first fsync would do it with the first copy's, in any
         # order.)
-        os.fsync(self._fd)
+        self._sync()
         self._write(entries, in_use=False, mtime_ns=self._mtime_ns())
 
     def abandon(self) -> None:

@@ -1,6 +1,7 @@
 """Backup jobs: the image is the disk of T0, whatever the guest does; control; errors; the end."""
 
 import errno
+import os
 import threading
 import time
 
@@ -12,7 +13,7 @@ import cbwcore
 import cbwcore.images.raw_output
 from cbwcore import BackupOptions, JobStatus
 from cbwcore._cbwcore import FaultPlan
-from cbwcore.errors import ConfigError, JobCancelledError, SnapshotBrokenError
+from cbwcore.errors import ConfigError, JobCancelledError, SnapshotBrokenError, StateError
 
 SIZES = [0, 1, 511, 4096, UNIT - 1, UNIT, UNIT + 1, CHUNK + 3 * UNIT + 5, 3 * CHUNK]
 
@@ -32,6 +33,41 @@ def test_a_full_backup_is_the_disk(make_disk, tmp_path, size, chunk_size):
     assert file_bytes(tmp_path / "image") == file_bytes(disk.path)
     assert result.sync == "full"
     assert result.manifest.size == size
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("compress", [None, "zstd"])
+def test_a_full_qcow2_backup_is_the_disk(make_disk, tmp_path, size, compress):
+    disk = make_disk(size)
+    disk.backup(tmp_path / "image.qcow2", compress=compress).wait()
+    cbwcore.restore(tmp_path / "image.qcow2", tmp_path / "restored")
+    assert file_bytes(tmp_path / "restored") == file_bytes(disk.path)
+
+
+@pytest.mark.parametrize("name", ["image", "image.qcow2"])
+def test_a_sparse_disk_of_many_tebibytes(make_disk, tmp_path, name):
+    """It takes the time of what is stored."""
+    size = 15 << 40  # ext4 has no file of 16
+    disk = make_disk(0)
+    disk.close()
+    os.truncate(disk.path, size)
+    with cbwcore.Disk(disk.path) as disk:
+        spots = [0, 7 << 40, (9 << 40) + 12345, size - 5]
+        for offset in spots:
+            disk.pwrite(b"here!", offset)
+        result = disk.backup(tmp_path / name, bitmap="daily").wait(60)
+        assert result.manifest.data_bytes == len(spots) * UNIT
+        disk.pwrite(b"there", 3 << 40)
+        if name.endswith("qcow2"):
+            inc = {"sync": "incremental", "bitmap": "daily", "backing": tmp_path / name}
+            assert disk.backup(tmp_path / "inc.qcow2", **inc).wait(60).manifest.data_bytes == UNIT
+            cbwcore.restore(tmp_path / "inc.qcow2", tmp_path / "restored")
+        else:
+            cbwcore.restore(tmp_path / name, tmp_path / "restored")
+    for offset in spots:
+        assert file_bytes(tmp_path / "restored", offset, 5) == b"here!"
+    assert (file_bytes(tmp_path / "restored", 3 << 40, 5) == b"there") == name.endswith("qcow2")
+    assert (tmp_path / "restored").stat().st_blocks * 512 < 1 << 20
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -312,6 +348,28 @@ def failing_target(monkeypatch):
     return state
 
 
+def test_a_target_that_hangs_holds_no_guest_up(make_disk, tmp_path, monkeypatch):
+    """Nor does a paused job: guests write all of the disk meanwhile, the spans that are under way included."""
+    disk = make_disk()
+    disk.pwrite(b"1" * disk.size, 0)
+    real, goes_on, hanging = cbwcore.images.raw_output.write_all, threading.Event(), threading.Semaphore(0)
+
+    def write_all(fd, view, offset):
+        hanging.release()
+        assert goes_on.wait(60)
+        real(fd, view, offset)
+
+    monkeypatch.setattr(cbwcore.images.raw_output, "write_all", write_all)
+    job = disk.backup(tmp_path / "image", workers=2)
+    for _ in range(2):
+        assert hanging.acquire(timeout=20)
+    overwrite(disk)
+    assert file_bytes(disk.path) == b"x" * disk.size
+    goes_on.set()
+    job.wait(60)
+    assert file_bytes(tmp_path / "image") == b"1" * disk.size
+
+
 @pytest.mark.parametrize(("policy", "code"), [("report", errno.EIO), ("enospc", errno.EIO), ("report", errno.ENOSPC)])
 def test_a_write_error_fails_the_job(make_disk, tmp_path, no_backup, failing_target, policy, code):
     disk = make_disk()
@@ -388,6 +446,27 @@ def test_a_failed_manifest_fails_the_job(make_disk, tmp_path, no_backup, monkeyp
         disk.backup(tmp_path / "image", bitmap="daily").wait()
     no_backup("image")
     assert bitmap.count() == UNIT
+
+
+@pytest.mark.parametrize("name", ["image", "image.qcow2"])
+def test_verify_reads_the_image_back_before_it_counts(make_disk, tmp_path, monkeypatch, name):
+    """A byte that was stored wrong: the job fails, and what the image was to replace is still there."""
+    disk = make_disk()
+    disk.backup(tmp_path / name, verify=True).wait()
+    before = file_bytes(tmp_path / name)
+    real = os.pwritev
+
+    def spoiled(fd, views, offset, *flags):
+        return real(fd, [bytes([views[0][0] ^ 1]) + bytes(views[0][1:]), *views[1:]], offset, *flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", spoiled)
+        patch.setattr(os, "pwrite", lambda fd, view, offset: spoiled(fd, [view], offset))
+        job = disk.backup(tmp_path / name, verify=True, overwrite=True)
+        with pytest.raises(StateError):
+            job.wait()
+    assert file_bytes(tmp_path / name) == before
+    assert not (tmp_path / f"{name}.partial").exists()
 
 
 # ---- bitmaps ----

@@ -33,3 +33,8 @@ bitmap = cbwcore.DirtyBitmap(1 << 20)
 assert_type(bitmap.numpy(), NDArray[np.uint8])
 assert_type(bitmap.bitarray(), bitarray)
 assert_type(bitmap.ranges(), Iterator[tuple[int, int]])
+
+restored = cbwcore.restore("mon.qcow2", "new.img", verify=True, progress=lambda label, done, total: None)
+assert_type(restored.size, int)
+assert_type(restored.verified, bool)
+assert_type(cbwcore.verify_backup("mon.qcow2").complete, bool)

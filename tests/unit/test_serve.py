@@ -199,12 +199,13 @@ def test_tcp(serve, image):
 
 def test_a_signal_before_it_is_ready_ends_it_too(serve, image, path, left):
     code = f"""
-import os, signal, cbwcore
-take = cbwcore.SnapshotOptions.take
-def slow(self, disk):
+import os, signal
+from cbwcore.cli import serve
+take = serve.take_snapshots
+def slow(wanted):
     os.kill(os.getpid(), signal.SIGTERM)
-    return take(self, disk)
-cbwcore.SnapshotOptions.take = slow
+    return take(wanted)
+serve.take_snapshots = slow
 {MAIN}"""
     serving = serve(image, "--socket", path, code=code)
     status, out, err = serving.end(None)
@@ -638,20 +639,116 @@ def test_name_and_target(serve, image, path, place, left):
     assert not any(fleece[12288:])
 
 
-def test_bitmaps_record_from_the_start(serve, image, path):
-    serving = serve(image, "--socket", path, "--bitmap", "a", "--bitmap", "b").ready()
+def dirty(client, size=SIZE):
+    """The extents of the one bitmap that the client has chosen, (length, flags)."""
+    (extents,) = client.ok(nbd.BLOCK_STATUS, 0, size).status.values()
+    return extents
+
+
+@contextlib.contextmanager
+def choosing(where, export, bitmap):
+    """A client that has chosen a bitmap's context."""
+    with Client(where) as client:
+        client.hello().option(nbd.STRUCTURED_REPLY)
+        reply = client.meta(nbd.SET_META_CONTEXT, export, f"qemu:dirty-bitmap:{bitmap}")
+        assert set(reply.names) == {f"qemu:dirty-bitmap:{bitmap}"}
+        assert client.go(export).error == 0
+        yield client
+
+
+def test_bitmaps_of_the_disk_as_they_are_and_of_the_snapshot_as_at_t0(serve, image, path):
+    """And they are there again the next time, with all that was written in between; others of the disk record, too."""
+    with cbwcore.Disk(image) as disk:
+        disk.bitmaps.add("unasked", persistent=True)
+    before = []
+    for unit in (1, 3):
+        serving = serve(image, "--socket", path, "--bitmap", "a", "--bitmap", "b").ready()
+        with connected(path) as guest:
+            guest.ok(nbd.WRITE, unit * CLUSTER, 0, WRITTEN)
+        for export, units in (("disk", [*before, unit]), ("snapshot", before)):
+            with Client(path) as client:
+                client.hello().option(nbd.STRUCTURED_REPLY)
+                reply = client.meta(nbd.LIST_META_CONTEXT, export)
+                assert set(reply.names) == {"base:allocation", "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:b"}
+            with choosing(path, export, "b") as client:
+                offset, found = 0, []
+                for length, flags in dirty(client):
+                    found += [offset // CLUSTER] * flags
+                    offset += length
+                assert (offset, found) == (SIZE, units)
+        before.append(unit)
+        assert serving.end() == (0, "", "")
+    with cbwcore.Disk(image) as disk:
+        assert list(disk.bitmaps) == ["unasked", "a", "b"]
+        for bitmap in disk.bitmaps.values():
+            assert bitmap.persistent
+            assert list(bitmap.ranges()) == [(CLUSTER, CLUSTER), (3 * CLUSTER, CLUSTER)]
+
+
+def test_bitmaps_survive_a_kill(serve, image, path):
+    serving = serve(image, "--socket", path, "--bitmap", "a").ready()
     with connected(path) as guest:
-        guest.ok(nbd.WRITE, CLUSTER, 0, WRITTEN)
+        guest.ok(nbd.WRITE, 2 * CLUSTER, 0, WRITTEN)
+        serving.end(signal.SIGKILL)
+    with cbwcore.Disk(image) as disk:
+        assert list(disk.bitmaps["a"].ranges()) == [(2 * CLUSTER, CLUSTER)]
+
+
+def test_a_file_of_bitmaps_elsewhere(serve, image, path, place, left):
+    own = place / "own"
+    assert serve(image, "--socket", path, "--bitmap", "a", "--bitmaps", own).ready().end() == (0, "", "")
+    assert left() == ["own"]
+    with cbwcore.Disk(image, bitmaps=own) as disk:
+        assert list(disk.bitmaps) == ["a"]
+
+
+def test_bitmaps_of_a_disk_that_is_read_only(serve, image, path, left):
+    """Those that there are; others in memory, for nothing is written."""
+    with cbwcore.Disk(image) as disk:
+        disk.bitmaps.add("a", persistent=True)
+        disk.pwrite(WRITTEN, CLUSTER)
+    before = (image.parent / f"{image.name}.cbw-bitmaps").read_bytes()
+    serving = serve(image, "--socket", path, "--read-only", "--bitmap", "a", "--bitmap", "new").ready()
     for export in ("disk", "snapshot"):
-        with Client(path) as client:
-            client.hello().option(nbd.STRUCTURED_REPLY)
-            reply = client.meta(nbd.LIST_META_CONTEXT, export)
-            assert set(reply.names) == {"base:allocation", "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:b"}
-            client.meta(nbd.SET_META_CONTEXT, export, "qemu:dirty-bitmap:b")
-            assert client.go(export).error == 0
-            (extents,) = client.ok(nbd.BLOCK_STATUS, 0, SIZE).status.values()
-            assert extents == [(CLUSTER, 0), (CLUSTER, 1), (SIZE - 2 * CLUSTER, 0)]
+        for bitmap, flags in (("a", [0, 1, 0]), ("new", [0])):
+            with choosing(path, export, bitmap) as client:
+                assert [each[1] for each in dirty(client)] == flags
     assert serving.end() == (0, "", "")
+    assert (image.parent / f"{image.name}.cbw-bitmaps").read_bytes() == before
+
+
+def test_a_block_device_without_a_file_has_them_in_memory(serve, image, path, resources, left):
+    try:
+        os.truncate(image, 16 * CLUSTER)
+        device = resources.loop(str(image))
+    except RuntimeError as e:
+        pytest.skip(str(e))
+    serving = serve(device, "--socket", path, "--no-snapshot", "--bitmap", "a").ready()
+    with choosing(path, "disk", "a") as client:
+        assert dirty(client, 16 * CLUSTER) == [(16 * CLUSTER, 0)]
+    assert serving.end() == (0, "", "")
+    assert left() == []
+
+
+@pytest.mark.parametrize("damage", ["inconsistent", "damaged"])
+def test_a_bitmap_that_would_say_too_little_is_not_shown_and_the_guest_is_served(serve, image, path, damage):
+    with cbwcore.Disk(image) as disk:
+        disk.bitmaps.add("a", persistent=True)
+        disk.bitmaps.add("b", persistent=True)
+    if damage == "inconsistent":
+        image.write_bytes(pattern(SIZE))
+    else:
+        (image.parent / f"{image.name}.cbw-bitmaps").write_bytes(b"")
+    serving = serve(image, "--socket", path, "--bitmap", "a").ready()
+    with Client(path) as client:
+        client.hello().option(nbd.STRUCTURED_REPLY)
+        assert client.meta(nbd.LIST_META_CONTEXT, "disk").names == ["base:allocation"]
+    with connected(path) as guest:
+        guest.ok(nbd.WRITE, 0, 0, WRITTEN)
+    status, out, err = serving.end()
+    assert (status, out) == (0, "")
+    assert "bitmap 'a' is not shown: " in err
+    assert damage in err
 
 
 @pytest.mark.parametrize("discard", [False, True])

@@ -27,6 +27,7 @@ from cbwcore.backup.plan import Plan, Span
 from cbwcore.bitmaps import DirtyBitmap
 from cbwcore.errors import CbwError, ConfigError, JobCancelledError
 from cbwcore.freeze import Freeze
+from cbwcore.images.chain import check_stored
 from cbwcore.images.digest import Piece
 from cbwcore.images.manifest import BackupFacts, Manifest
 from cbwcore.images.output import Output
@@ -127,7 +128,8 @@ class BackupJob:
         self._plan = making.plan
         self._output = making.output
         self._progress = progress
-        self._lock = threading.Lock()  # guards the plan, what is to be done again, and the counters
+        self._planning = threading.Lock()  # guards the plan, whose questions to the disk may take their time
+        self._lock = threading.Lock()  # guards what is to be done again, and the counters; held across nothing
         self._again: deque[Work] = deque()
         self._done_bytes = 0
         self._retries = 0
@@ -186,6 +188,7 @@ class BackupJob:
     def wait(self, timeout: float | None = None) -> BackupResult:
         """The result, once it is concluded. Raises what it failed with (OSError, CbwError), JobCancelledError, or
         TimeoutError after ``timeout`` seconds."""
+        self.disk._check_forked()  # the job's threads are the parent's
         if not self._ended.wait(timeout):
             raise TimeoutError(f"job {self.id} is not done after {timeout} seconds")
         if self._result is None:
@@ -285,14 +288,15 @@ class BackupJob:
         assert self._plan is not None
         assert self._output is not None
         while True:
-            with self._lock:
-                try:
+            try:
+                with self._planning:
                     span = self._plan.next()
-                except (OSError, CbwError, ValueError) as e:
-                    failed = e
-                else:
                     if span is not None:
                         return Work(span, self._output.begin(span.offset, span.length))
+            except (OSError, CbwError, ValueError) as e:
+                failed = e
+            else:
+                with self._lock:
                     return self._again.popleft() if self._again else None
             self._meet(failed, "read", None)
 
@@ -324,7 +328,7 @@ class BackupJob:
             with failing("write"):
                 self._output.write(work.ticket, part, zero_units(part, UNIT))
         with contextlib.suppress(OSError, ValueError):  # it is read: whatever became of the snapshot
-            self._fleece_peak = max(self._fleece_peak, self.snapshot.stats().target_bytes)
+            self._fleece_peak = max(self._fleece_peak, self.snapshot._target_bytes)
             self.snapshot.discard(offset, length)
 
     def _count(self, span: Span) -> None:
@@ -404,7 +408,8 @@ class BackupJob:
         self._close_snapshot()
         manifest = None
         if self._output is not None and self._making.facts is not None:
-            manifest = self._output.finish(self._making.facts)
+            check = check_stored if self.options.verify else None
+            manifest = self._output.finish(self._making.facts, check=check)
         bitmap_error = self._settle_bitmap()
         self._result = BackupResult(
             id=self.id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from cbwcore.bench.backup import BACKUP
 from cbwcore.bench.bitmaps import BITMAP
 from cbwcore.bench.curves import ARM, CLUSTER_SIZE, DISK_SIZE, FILL, SNAPSHOTS
 from cbwcore.bench.holes import HOLES
@@ -36,6 +37,7 @@ SECTIONS = {
         HOLES,
         NBD,
         PULL,
+        BACKUP,
         BITMAP,
     )
 }

@@ -26,7 +26,7 @@ from cbwcore.images.qcow2_reader import Qcow2Reader
 from cbwcore.images.raw_reader import RawReader
 from cbwcore.images.workers import work_through
 
-__all__ = ["NOBODY", "Chain", "Member", "ancestors", "open_chain"]
+__all__ = ["NOBODY", "Chain", "Member", "ancestors", "check_stored", "open_chain"]
 
 Path = str | os.PathLike[str]
 Told = Callable[[int], object]
@@ -78,16 +78,11 @@ class Chain:
     def check_content(self, told: Told = lambda nbytes: None) -> None:
         """Read all of it and compare the digests, parents first; ``told(bytes)`` of each piece. StateError, OSError."""
         for member in reversed(self.members):
-            found = content_digest(member, told)
-            if found != member.manifest.sha256:
-                raise StateError(
-                    f"{member.path} is damaged: what it stores has the digest {found}, and had "
-                    f"{member.manifest.sha256} when it was written"
-                )
+            check_digest(member, told)
 
-    def windows(self) -> range:
-        """The windows of the disk."""
-        return range(-(-self.size // WINDOW))
+    def windows(self) -> list[int]:
+        """The windows in which any of them stores anything, in order. OSError."""
+        return sorted({window for member in self.members for window in member.reader.windows()})
 
     def owners(self, window: int) -> NDArray[np.uint16]:
         """For each cluster of a window the index of the member whose data it is, or `NOBODY`. StateError, OSError."""
@@ -125,7 +120,7 @@ def content_digest(member: Member, told: Told) -> str:
     digest = ContentDigest(size, layered=layered)
 
     def pieces() -> Iterator[tuple[Piece, bool]]:
-        for window in range(-(-size // WINDOW)):
+        for window in member.reader.windows():
             for run in runs(member.reader.kinds(window), window * WINDOW, size):
                 if run.value == DATA:
                     for part in pieces_of(run):
@@ -196,11 +191,11 @@ def is_missing(path: str) -> bool:
 
 
 def ancestors(image: str) -> list[str]:
-    """The files of a backup and of its parents, as far as the manifests tell; nothing is opened or checked."""
+    """The files of a backup and of its parents, manifests too, as far as those tell; nothing is opened or checked."""
     found: list[str] = []
     path = os.path.realpath(image)
     while path not in found:
-        found.append(path)
+        found += [path, manifest_path(path)]
         try:
             parent = read_manifest(path).parent
         except (StateError, OSError):
@@ -221,19 +216,41 @@ def open_member(path: str, manifest: Manifest) -> Member:
             raise StateError(f"{path} is neither a regular file nor a block device")
         if not lock(fd, exclusive=False):
             raise StateError(f"{path} is in use: another process writes to it")
-        has = os.lseek(fd, 0, os.SEEK_END)
-        if has < manifest.image.bytes or (has > manifest.image.bytes and stat.S_ISREG(mode)):
-            raise StateError(f"{path} is {has} bytes, and had {manifest.image.bytes} when it was written")
-        if manifest.image.format == "raw":
-            if manifest.image.bytes != manifest.size:
-                raise StateError(f"the manifest of {path} is damaged: {manifest.image.bytes} bytes of {manifest.size}")
-            return Member(path, manifest, fd, RawReader(fd, path, manifest.size), None)
-        reader = Qcow2Reader(fd, path)
-        if reader.header.backup_id != manifest.id:
-            raise StateError(f"{path} is backup {reader.header.backup_id}, and its manifest is of {manifest.id}")
-        if reader.size != virtual_size(manifest.size):
-            raise StateError(f"{path} is of a disk of {reader.size} bytes, and its manifest of {manifest.size}")
-        return Member(path, manifest, fd, reader, reader.header)
+        return member_of(fd, path, manifest)
+
+
+def member_of(fd: int, path: str, manifest: Manifest) -> Member:
+    """The image that is open as ``fd``; its header and size must be those of its manifest. StateError, OSError."""
+    has = os.lseek(fd, 0, os.SEEK_END)
+    if has < manifest.image.bytes or (has > manifest.image.bytes and stat.S_ISREG(os.fstat(fd).st_mode)):
+        raise StateError(f"{path} is {has} bytes, and had {manifest.image.bytes} when it was written")
+    if manifest.image.format == "raw":
+        if manifest.image.bytes != manifest.size:
+            raise StateError(f"the manifest of {path} is damaged: {manifest.image.bytes} bytes of {manifest.size}")
+        return Member(path, manifest, fd, RawReader(fd, path, manifest.size), None)
+    reader = Qcow2Reader(fd, path)
+    if reader.header.backup_id != manifest.id:
+        raise StateError(f"{path} is backup {reader.header.backup_id}, and its manifest is of {manifest.id}")
+    if reader.size != virtual_size(manifest.size):
+        raise StateError(f"{path} is of a disk of {reader.size} bytes, and its manifest of {manifest.size}")
+    return Member(path, manifest, fd, reader, reader.header)
+
+
+def check_stored(fd: int, path: str, manifest: Manifest) -> None:
+    """Read back what was just written, from the storage as far as the system can be told to forget it, and compare the
+    digests; for `Output.finish`. StateError, OSError."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    check_digest(member_of(fd, path, manifest))
+
+
+def check_digest(member: Member, told: Told = lambda nbytes: None) -> None:
+    """Read all that an image stores and compare the digests; ``told(bytes)`` of each piece. StateError, OSError."""
+    found = content_digest(member, told)
+    if found != member.manifest.sha256:
+        raise StateError(
+            f"{member.path} is damaged: what it stores has the digest {found}, and had {member.manifest.sha256} when "
+            "it was written"
+        )
 
 
 def check_link(member: Member) -> None:

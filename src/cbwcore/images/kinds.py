@@ -25,6 +25,9 @@ class ImageReader(Protocol):
     path: str
     size: int
 
+    def windows(self) -> list[int]:
+        """The windows in which anything is stored, in order."""
+
     def kinds(self, window: int) -> Kinds:
         """The kind of each cluster of 64 KiB of a window."""
 

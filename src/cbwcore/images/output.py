@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, Protocol, Self
 
 from cbwcore.errors import ConfigError
@@ -44,6 +44,7 @@ __all__ = ["Output", "Store", "open_output"]
 Path = str | os.PathLike[str]
 Format = Literal["raw", "qcow2"]
 Compression = Literal["zstd"]
+Check = Callable[[int, str, Manifest], object]
 
 
 class Store(Protocol):
@@ -112,6 +113,7 @@ class Output:
         self._sidecar = sidecar
         self._digest = ContentDigest(size, layered=layered)
         self._lock = threading.Lock()  # of the two figures
+        self._beginning = threading.Lock()  # the store hears of pieces in their order, too
         self._completed = False
         self._ended = False
 
@@ -125,8 +127,9 @@ class Output:
         """Announce a piece, in order of offset, before it is dispatched. What no piece covers is not stored.
 
         ConfigError."""
-        piece = self._digest.begin(offset, length)
-        self._store.begin(piece)
+        with self._beginning:
+            piece = self._digest.begin(offset, length)
+            self._store.begin(piece)
         return piece
 
     def write(self, piece: Piece, view: memoryview, zeroes: bytes) -> None:
@@ -152,8 +155,11 @@ class Output:
         self._digest.put_zeroes(piece)
         self._count(piece.length, piece.length)
 
-    def finish(self, facts: BackupFacts) -> Manifest:
-        """Make it a backup; its manifest. Once. OSError, ConfigError: it is none, and `abort` is left to be called."""
+    def finish(self, facts: BackupFacts, *, check: Check | None = None) -> Manifest:
+        """Make it a backup; its manifest. Once. OSError, ConfigError: it is none, and `abort` is left to be called.
+
+        ``check(fd, path, manifest)`` is called when all is written, before the image has its name; what it raises is
+        raised."""
         if self._ended:
             raise ConfigError(f"{self.path} is finished or given up already")
         if (facts.sync != "full") != self.layered:
@@ -167,6 +173,8 @@ class Output:
             self._completed = True
             with named(self.path):
                 self._store.complete()
+            if check is not None:
+                check(self._fd, self.path, manifest)
             self._publish()
         except BaseException:
             self._withdraw()
@@ -235,12 +243,12 @@ class Output:
                 sync(self._sidecar.fd)
 
     def _publish(self) -> None:
-        """The image's name comes last: from then on there is a backup. One folder, or a manifest of a device."""
+        """The image's name comes last: from then on there is a backup. Both are in one folder."""
         files = [file for file in (self._sidecar, self._file) if file is not None]
         for file in files:
             file.publish()
-        for file in files:
-            file.sync_folder()
+        if files:
+            files[-1].sync_folder()
 
     def _withdraw(self) -> None:
         """Take the names back at once; errors here come after one that is being told."""
@@ -250,11 +258,14 @@ class Output:
                     file.withdraw()
 
     def _close(self) -> None:
+        """It is a backup, durably; no close can change that any more."""
         for file in (self._file, self._sidecar):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):
+                    file.close()
         if self._file is None:
-            os.close(self._fd)
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
 
 
 def open_output(

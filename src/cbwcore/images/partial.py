@@ -15,11 +15,16 @@ from cbwcore.errors import ConfigError
 from cbwcore.files import lock
 from cbwcore.images.fileio import named
 
-__all__ = ["PartialFile"]
+__all__ = ["PartialFile", "partial_name"]
 
 SUFFIX = ".partial"
 RENAME_NOREPLACE = 1  # <linux/fs.h>
 TRIES = 100  # at a name that others take and give up all the time
+
+
+def partial_name(path: str) -> str:
+    """Where the file that is to be ``path`` is until then."""
+    return path + SUFFIX
 
 
 class PartialFile:
@@ -34,7 +39,7 @@ class PartialFile:
         folder, self.name = os.path.split(path)
         if not self.name:
             raise ConfigError(f"{path!r} names no file")
-        self._partial = self.name + SUFFIX
+        self._partial = partial_name(self.name)
         with named(folder or "."), contextlib.ExitStack() as undo:
             self._folder = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             undo.callback(os.close, self._folder)
@@ -55,9 +60,13 @@ class PartialFile:
         self._published = True
 
     def sync_folder(self) -> None:
-        """Make the name durable. OSError."""
+        """Make the name durable, where the file system can. OSError."""
         with named(os.path.dirname(self.path) or "."):
-            os.fsync(self._folder)
+            try:
+                os.fsync(self._folder)
+            except OSError as e:
+                if e.errno != errno.EINVAL:  # that: it has no such thing
+                    raise
 
     def withdraw(self) -> None:
         """Take the name back. What it replaced is gone. OSError."""
@@ -78,9 +87,11 @@ class PartialFile:
             self.close()
 
     def close(self) -> None:
-        """Give the descriptors, and with them the lock, back."""
-        os.close(self.fd)
-        os.close(self._folder)
+        """Give the descriptors, and with them the lock, back. OSError; both are given back all the same."""
+        try:
+            os.close(self.fd)
+        finally:
+            os.close(self._folder)
 
     def _check_target(self) -> None:
         """Only a regular file, and only if it may be, is replaced: never a link, whatever it leads to."""

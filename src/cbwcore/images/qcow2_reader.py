@@ -48,6 +48,11 @@ class Qcow2Reader:
         self._lock = threading.Lock()
         self._tables: OrderedDict[int, Words] = OrderedDict()  # guarded by _lock
 
+    def windows(self) -> list[int]:
+        """The windows in which anything is stored, in order."""
+        found: list[int] = np.flatnonzero(self._l1).tolist()
+        return found
+
     def kinds(self, window: int) -> Kinds:
         """What is stored of each cluster of a window of 512 MiB. StateError."""
         table = self._table(window)

@@ -24,6 +24,17 @@ class RawReader:
         self._fd = fd
         self._has_holes = stat.S_ISREG(os.fstat(fd).st_mode)
 
+    def windows(self) -> list[int]:
+        """The windows in which anything is stored, in order."""
+        if not self._has_holes:
+            return list(range(-(-self.size // WINDOW)))
+        found, position = [], 0
+        with named(self.path):
+            while (position := self._seek(position, os.SEEK_DATA)) < self.size:
+                found.append(position // WINDOW)
+                position = (found[-1] + 1) * WINDOW
+        return found
+
     def kinds(self, window: int) -> Kinds:
         """Data, wherever the file system does not know a hole; absent, which here means zeroes, elsewhere."""
         start = window * WINDOW

@@ -18,6 +18,7 @@ from cbwcore.images.chain import NOBODY, Chain, open_chain, pieces_of
 from cbwcore.images.digest import UNIT, Piece
 from cbwcore.images.fileio import named
 from cbwcore.images.kinds import ABSENT, PIECE, WINDOW, Run, runs
+from cbwcore.images.manifest import manifest_path
 from cbwcore.images.partial import PartialFile
 from cbwcore.images.raw_output import RawDevice, RawFile
 from cbwcore.images.raw_reader import RawReader
@@ -124,13 +125,13 @@ def restore(
     name = os.fsdecode(destination)
     with open_chain(image, manifest) as chain, contextlib.ExitStack() as undo:
         chain.check_complete()
-        check_apart(name, [member.path for member in chain.members])
+        check_apart(name, [path for member in chain.members for path in (member.path, manifest_path(member.path))])
         place = Device(name, chain.size) if is_device_at(name) else File(name, overwrite)
         undo.callback(place.discard)
         check(chain, progress)
         with named(name):
             place.begin(chain.size)
-        written = write(chain, place, progress)
+        written = write(chain, place, name, progress)
         with named(name):
             place.seal()
         if verify:
@@ -255,7 +256,7 @@ class Device:
         os.close(self.fd)
 
 
-def write(chain: Chain, place: File | Device, progress: Progress | None) -> int:
+def write(chain: Chain, place: File | Device, name: str, progress: Progress | None) -> int:
     """Write what the chain stores, and nothing where that is zeroes; the bytes that were written."""
     meter = Meter(progress, "restore", sum(run.length for run in chain.data_runs()))
     skipped = Meter(None, "", 0)
@@ -271,7 +272,8 @@ def write(chain: Chain, place: File | Device, progress: Progress | None) -> int:
         view = buffer[: run.length]
         chain.read_into(view, run)
         zeroes = zero_units(view, UNIT)
-        place.store.write(piece, view, zeroes)
+        with named(name):
+            place.store.write(piece, view, zeroes)
         skipped.add(min(zeroes.count(1) * UNIT, run.length))
         meter.add(run.length)
 
@@ -285,7 +287,7 @@ def compare(chain: Chain, fd: int, name: str, progress: Progress | None) -> None
     copy = RawReader(fd, name, chain.size)
 
     def pieces() -> Iterator[Run]:
-        for window in chain.windows():
+        for window in sorted({*chain.windows(), *copy.windows()}):
             owners = chain.owners(window)
             stored = copy.kinds(window) != ABSENT
             nothing = (owners == NOBODY) & ~stored

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from cbwcore.errors import ConfigError
 from cbwcore.files import lock, open_for, overlap, storage
+from cbwcore.images.partial import partial_name
 
 __all__ = ["check_apart", "is_device_at", "open_device"]
 
@@ -24,7 +25,13 @@ def is_device_at(name: str) -> bool:
 
 
 def check_apart(name: str, others: Iterable[Path]) -> None:
-    """Refuse a ``name`` that is the bytes of one of the others, or becomes its name."""
+    """Refuse a ``name`` that is the bytes of one of the others, or whose partial would replace one."""
+    others = list(others)
+    for place in (name, partial_name(name)):
+        _check_apart(place, others)
+
+
+def _check_apart(name: str, others: list[Path]) -> None:
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
