@@ -40,7 +40,7 @@ class Source:
     text: list[str] = field(default_factory=list)
     functions: list[str] = field(default_factory=list)  # the one that each line is in, "" for none
     in_c: range = range(0)  # lines of the C block
-    in_docstring: set[int] = field(default_factory=set)
+    in_statements: set[int] = field(default_factory=set)
     counts: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Source:
             first = self.path.read_text()[: block.start(1)].count("\n") + 1
             self.in_c = range(first, first + block.group(1).count("\n"))
         self.functions = self._name_functions()
-        self.in_docstring = self._find_docstrings()
+        self.in_statements = {number for lines in self.statements() for number in lines}
 
     def _name_functions(self) -> list[str]:
         names, name, indent = [], "", 0
@@ -63,22 +63,15 @@ class Source:
             names.append(name)
         return names
 
-    def _find_docstrings(self) -> set[int]:
-        found = set()
-        for token in self._tokens():
-            if token.type == tokenize.STRING and token.line.lstrip().startswith('"""') and token.start[0] not in self.in_c:
-                found |= set(range(token.start[0], token.end[0] + 1))
-        return found
-
     def _tokens(self) -> list[tokenize.TokenInfo]:
         return list(tokenize.generate_tokens(io.StringIO("\n".join(self.text[1:]) + "\n").readline))
 
     def is_code(self, number: int) -> bool:
-        """Whether a line can be run. What gcov puts elsewhere is of Cython's own making: what it adds to a function, and how
-        a class comes to be."""
-        if not 0 < number < len(self.text) or number in self.in_docstring:
-            return False
-        return bool(self.functions[number]) and not re.match(r"\s*(#|/\*.*\*/$|[{}]?$)", self.text[number])
+        """Whether a line can be run. What gcov puts elsewhere is of Cython's own making: how arguments come in, how a class
+        comes to be."""
+        if number in self.in_c:
+            return not re.match(r"\s*(#|/?\*|//|[{}]*$|static\b)", self.text[number])
+        return number in self.in_statements
 
     def statements(self) -> list[range]:
         """The lines of each statement in a function that code must be generated for."""

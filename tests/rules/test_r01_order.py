@@ -199,6 +199,14 @@ def test_r02_a_late_copy_after_the_break_never_counts(rig):
     assert_broken(snap, errno.ETIMEDOUT, "timeout", 0, CLUSTER)
 
 
+def test_r02_a_copy_marks_its_own_clusters_alone(rig):
+    disk = rig.disk(5 * CLUSTER)
+    snap = rig.snapshot(disk)
+    disk.pwrite(NEW, 2 * CLUSTER - 100)
+    assert snap._map("done") == [False, True, True, False, False]
+    assert_t0(snap, disk.t0)
+
+
 def test_r02_the_maps_are_separate(rig):
     disk = rig.disk(bytes(CLUSTER) + b"a" * (5 * CLUSTER))
     scope = cbwcore.DirtyBitmap(disk.size)

@@ -21,8 +21,11 @@ from engine_support import (
 )
 
 import cbwcore
+from cbwcore._cbwcore import copy_buffers
 
 NEW = b"n" * 4096
+
+MIB = 1 << 20
 
 
 def held_at_the_gate(rig, disk, offset):
@@ -260,6 +263,24 @@ def test_r17_copy_buffers_stay_within_their_budget(rig, set_budget, timeout):
         writer.result()
     assert copy_budget()[1] <= budget
     assert snap.stats().cbw_copies == guests
+    assert_t0(snap, disk.t0)
+
+
+def test_r17_every_buffer_comes_back(rig, set_budget):
+    """One copy has the shared part of the budget, one the snapshot's reserve, others wait; and all that again."""
+    set_budget(2)
+    disk = rig.disk(8 * MIB)
+    snap = rig.snapshot(disk, cluster_size=MIB)
+    plan = rig.plan(snap)
+    for start in (0, 4):
+        plan.stall("pwrite")
+        guests = [rig.run(disk.pwrite, b"n", (start + i) * MIB) for i in range(4)]
+        stalled(plan, 2)
+        assert copy_buffers()[1] == 2 * MIB
+        plan.release()
+        for guest in guests:
+            guest.result()
+        assert copy_buffers()[1] == copy_buffers()[2] <= MIB
     assert_t0(snap, disk.t0)
 
 

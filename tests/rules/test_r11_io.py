@@ -69,6 +69,17 @@ def test_r11_what_the_file_system_knows_as_a_hole_is_not_read(rig):
     assert_t0(snap, t0)
 
 
+@pytest.mark.parametrize("clusters", [1, 3])
+def test_r11_data_behind_a_hole_are_copied(rig, clusters):
+    """In the same cluster, and in the same run."""
+    disk = rig.sparse(4 * CLUSTER)
+    disk.pwrite(b"data", clusters * CLUSTER - 4)
+    t0 = disk.pread(4 * CLUSTER, 0)
+    snap = rig.snapshot(disk)
+    disk.pwrite(b"n" * (3 * CLUSTER), 0)
+    assert_t0(snap, t0)
+
+
 def test_r11_a_disk_without_holes_is_not_searched_for_them(rig):
     disk = rig.disk(4 * CLUSTER)
     rig.snapshot(disk)
@@ -221,6 +232,19 @@ def test_r12_short_transfers_of_a_direct_disk_are_unseen(rig, tmp_path, open_dir
         plan.short("pread", 4096, times=40)
         plan.short("pwrite", 8192, times=40)
     everything(disk, snap)
+
+
+def test_r12_an_attempt_that_ends_inside_a_block_is_made_again_from_the_block_on(rig, place, open_direct):
+    """On tmpfs, which takes requests of parts of blocks, as the plan makes them."""
+    disk = open_direct(place, pattern(4 * CLUSTER))
+    plan = rig.plan(disk)
+    for op in ("pread", "pwrite"):
+        plan.short(op, 4096 + 100, times=1)
+    new = pattern(CLUSTER, seed=5)
+    disk.pwrite(new, 0)
+    assert disk.pread(CLUSTER, 0) == new
+    for op in ("pread", "pwrite"):
+        assert [call for call in ranges(plan, op) if call[0] % 4096] == []
 
 
 def cut(disk, size):

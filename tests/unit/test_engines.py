@@ -247,3 +247,15 @@ def test_a_write_that_the_system_cuts_short_fails_with_its_error(tmp_path, io):
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "EFBIG\n"), done.stderr
+
+
+@ring
+def test_a_deadline_ends_with_the_copy(tmp_path):
+    """What the thread does next may take as long as it likes, also by calls that no deadline can end."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"t" * MIB)
+    with cbwcore.Disk(path, io="io_uring") as disk, disk.snapshot(cbw_timeout=30) as snap:
+        for use in (lambda: disk.pwrite_zeroes(0, 65536), lambda: disk.discard(65536, 65536), lambda: disk.pwrite(b"n", 0)):
+            use()
+        assert disk.pread(65536, 0) == b"n" + bytes(65535)
+        assert snap.pread(MIB, 0) == b"t" * MIB
