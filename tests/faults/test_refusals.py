@@ -157,7 +157,10 @@ with cbwcore.Disk(path, io=io) as disk:
     with open(path + ".bits", "wb") as f:
         f.write(bytes(4096))
     def map_and_back(name, nth):
-        bitmap = cbwcore.DirtyBitmap(16 * C, granularity=4096)
+        try:
+            bitmap = cbwcore.DirtyBitmap(16 * C, granularity=4096)
+        except MemoryError:
+            return
         with open(path + ".bits", "r+b") as f:
             try:
                 bitmap._map_file(f.fileno(), 0)
@@ -244,7 +247,7 @@ sweep(("calloc", "malloc", "pthread_condattr_init"), call)
 RINGS = {
     "an old kernel does not know how its rings are asked for": "refuse('io_uring_queue_init_params', 0, 1, errno.EINVAL)",
     "no ring is to be had": "refuse('io_uring_queue_init_params', 0, 1 << 30, errno.ENOMEM)",
-    "there is no memory for a ring": "disk.flush(); refuse('calloc', 0, 1); disk.pread(1, 0)",
+    "there is no memory for a ring": "if timeout == 0: refuse('calloc', 0, 1); disk.pread(1, 0)",
     "no buffer may be registered": "refuse('io_uring_register_buffers', 0, 1 << 30)",
     "the kernel is short of memory for a request": "refuse('io_uring_submit_and_wait', 1, 3, errno.EAGAIN)",
     "submitting is interrupted": "refuse('io_uring_submit_and_wait', 1, 3, errno.EINTR)",

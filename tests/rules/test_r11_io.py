@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import shutil
 import sys
@@ -378,8 +379,11 @@ def test_r13_an_aligned_write_is_not_lost_under_a_read_modify_write(rig, tmp_pat
     unit = disk._file.align
     disk.pwrite(b"t", 1)
     plan = rig.plan(disk)
+    aligned = mmap.mmap(-1, unit)  # memory that needs no bounce buffer
+    aligned.write(b"M" * unit)
     for change, expected in (
         (lambda: disk.pwrite(b"A" * unit, unit), b"A"),
+        (lambda: disk.pwrite(aligned, unit), b"M"),
         (lambda: disk.pwrite_zeroes(unit, unit), b"\0"),
         (lambda: disk.discard(unit, unit), b"\0"),
     ):
