@@ -3,6 +3,8 @@
 import errno
 import os
 import socket
+import threading
+import time
 
 import pytest
 
@@ -115,3 +117,34 @@ def test_what_is_no_file_has_no_alignment_and_no_birth():
     assert core.birth_time(w) is None
     with pytest.raises(OSError, match="descriptor"):
         core.punch_hole(w, 0, 4096)
+
+
+def test_what_the_target_holds_at_this_moment(disk):
+    snap = disk.snapshot()
+    disk.pwrite(b"n", 0)
+    assert snap._target_bytes == 65536
+    snap.close()
+    assert snap._target_bytes == 0
+
+
+def test_a_socket_that_its_owner_has_made_non_blocking_is_served(disk):
+    request = bytes.fromhex("25609513 0000 0000 0000000000000001 0000000000000005 00000bb8")
+    connection = NbdConnectionCore(
+        NbdCore(**FITS), disk, contexts=(), read_only=True, discard=False, structured=False
+    )
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        ends = []
+        thread = threading.Thread(target=lambda: ends.append(connection.serve(theirs.fileno())))
+        thread.start()
+        for _ in range(2):
+            time.sleep(0.05)  # it finds nothing to receive
+            ours.sendall(request)
+            answer = b""
+            while len(answer) < 16 + 3000:
+                answer += ours.recv(4096)
+            assert answer[16:] == disk.pread(3000, 5)
+        ours.shutdown(socket.SHUT_WR)
+        thread.join(20)
+        assert ends == ["gone"]

@@ -259,3 +259,21 @@ def test_a_deadline_ends_with_the_copy(tmp_path):
             use()
         assert disk.pread(65536, 0) == b"n" + bytes(65535)
         assert snap.pread(MIB, 0) == b"t" * MIB
+
+
+@ring
+@pytest.mark.parametrize("policy", ["break-guest-write", "break-snapshot"])
+def test_zeroes_into_a_target_that_has_something_there_are_copied_by_a_helper(tmp_path, policy):
+    """Whether there is a hole, and making one, are calls that no deadline can end (R8): the guest's thread makes neither."""
+    path, target = tmp_path / "disk", tmp_path / "target"
+    path.write_bytes(bytes(MIB))
+    target.write_bytes(b"g" * MIB)
+    with (
+        cbwcore.Disk(path, io="io_uring") as disk,
+        disk.snapshot(target, cbw_timeout=30, on_cbw_error=policy) as snap,
+    ):
+        disk.pwrite(b"n" * 70_000, 100)
+        assert disk.pread(70_000, 100) == b"n" * 70_000
+        assert snap.pread(MIB, 0) == bytes(MIB)
+        assert snap.state == "armed"
+    assert target.read_bytes()[:131072] == bytes(131072)
