@@ -1,7 +1,7 @@
 """Print what pyproject.toml says that building, running and testing cbwcore needs, one requirement a line.
 
-For builds of variants (sanitizers, coverage, mutants) in environments of their own, which install the package without its
-dependencies and without build isolation."""
+For builds of variants (sanitizers, coverage, mutants) in environments of their own, which install the package without
+its dependencies and without build isolation."""
 
 import tomllib
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Print the sanitizers' reports in a directory; exit 1 where one of them is about the core.
 
-A report runs from a line of "====" to the next (thread, address), or is one "runtime error" line with its stack, or is one
-leak of those that a process lists at its end. A leak is ours where the core itself has allocated it: what CPython allocated
-for it is CPython's to free, and some of that it never does.
+A report runs from a line of "====" to the next (thread, address), or is one "runtime error" line with its stack, or is
+one leak of those that a process lists at its end. A leak is ours where the core itself has allocated it: what CPython
+allocated for it is CPython's to free, and some of that it never does.
 """
 
 import re

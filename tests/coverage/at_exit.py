@@ -1,5 +1,6 @@
-"""Where the core counts its lines: let a process that ends by os._exit(), as forked children do, write its counts. run.sh
-puts this into its environment, to be imported by every interpreter there."""
+"""Where the core counts its lines: let a process that ends by os._exit(), as forked children do, write its counts.
+
+run.sh puts this into its environment, to be imported by every interpreter there."""
 
 import ctypes
 import os

@@ -4,8 +4,8 @@ The core is one C file; Cython's #line directives let gcov speak of the lines of
 
 * each of those lines that code was generated for, once however much code that was;
 * each line of the C that stands in an ``extern`` block, found by its text in the generated file;
-* each statement of a function that no code was generated for at all: Cython and the compiler drop what nobody calls, and
-  what nobody calls has no test.
+* each statement of a function that no code was generated for at all: Cython and the compiler drop what nobody calls,
+  and what nobody calls has no test.
 
 Lines that did not run must be in unreached.toml, by their text, with a reason.
 """
@@ -67,8 +67,8 @@ class Source:
         return list(tokenize.generate_tokens(io.StringIO("\n".join(self.text[1:]) + "\n").readline))
 
     def is_code(self, number: int) -> bool:
-        """Whether a line can be run. What gcov puts elsewhere is of Cython's own making: how arguments come in, how a class
-        comes to be."""
+        """Whether a line can be run. What gcov puts elsewhere is of Cython's own making: how arguments come in, how a
+        class comes to be."""
         if number in self.in_c:
             return not re.match(r"\s*(#|/?\*|//|[{}]*$|static\b)", self.text[number])
         return number in self.in_statements
@@ -165,7 +165,8 @@ def main(root: Path, generated: Path, gcov_files: list[Path]) -> int:
             part = 100 * (1 - len(source.missed()) / len(source.counts))
             print(f"{source.path.name:22}{len(source.counts):8}{part:7.1f}%")
     share = 100 * ran / total
-    print(f"{'the core':22}{total:8}{share:7.1f}%\n{total - ran} lines did not run: {excused} of them listed, {unlisted} not")
+    print(f"{'the core':22}{total:8}{share:7.1f}%")
+    print(f"{total - ran} lines did not run: {excused} of them listed, {unlisted} not")
     return 1 if unlisted or share < LEAST else 0
 
 

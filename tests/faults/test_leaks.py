@@ -14,17 +14,15 @@ from cbwcore._cbwcore import FaultPlan, copy_buffers
 
 ROUNDS, WARM_UP = (100, 40) if os.environ.get("CBWCORE_SANITIZER") else (1000, 200)
 LOST = 64  # bytes a round that count as lost; the least that the core allocates for a round is larger
-GROWTH = (16 if os.environ.get("CBWCORE_SANITIZER") else 4) << 20  # of the process, in bytes: memory that comes and goes
+GROWTH = (16 if os.environ.get("CBWCORE_SANITIZER") else 4) << 20  # bytes of the process that come and go
 NEW = b"n" * 4096
 
 
 class Allocated(ctypes.Structure):
     """struct mallinfo2"""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [*zip(_names, [ctypes.c_size_t] * 10, strict=True)]
 
 
 def allocated():
@@ -67,7 +65,7 @@ def is_open(fd):
 
 
 def one_round(path, number, io):
-    """Two snapshots under both policies; the copies of one fail at the source or the target, with and without a timeout."""
+    """Two snapshots under both policies; copies fail at the source or the target, with and without a timeout."""
     side = ("pread", "pwrite")[number % 2]
     timeout = 60.0 if number % 3 == 0 else 0.0
     plan = FaultPlan()

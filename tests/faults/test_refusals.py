@@ -1,5 +1,5 @@
-"""The system refuses memory, threads and rings, at every call of the core one after the other: nobody crashes or hangs, what
-fails says so, and the next try succeeds (R19). refuse.c does the refusing, in processes of their own."""
+"""The system refuses memory, threads and rings, at every call of the core one after the other (R19): nobody crashes or
+hangs, what fails says so, and the next try succeeds. refuse.c does the refusing, in processes of their own."""
 
 import os
 import shutil
@@ -25,7 +25,8 @@ from cbwcore._cbwcore import FaultPlan, copy_buffers
 lib = ctypes.CDLL(None)
 path, policy, io = sys.argv[1:4]
 C = 65536
-MEMORY = ("calloc", "malloc", "posix_memalign", "mmap64", "pthread_create", "pthread_attr_init", "pthread_condattr_init")
+MEMORY = ("calloc", "malloc", "posix_memalign", "mmap64")
+MEMORY += ("pthread_create", "pthread_attr_init", "pthread_condattr_init")
 T0 = os.urandom(16 * C)
 
 
@@ -43,7 +44,7 @@ def fill():
 
 
 def sweep(names, call):
-    '''call() with the 1st, 2nd, ... of each kind of call refused, until it makes no more; it is given what was refused.'''
+    '''call(name, nth) with the 1st, 2nd, ... of each kind of call refused, until it makes no more of them.'''
     tried = 0
     for name in names:
         for nth in range(200):
@@ -209,7 +210,9 @@ import socket
 from cbwcore.nbd import NbdServer
 from cbwcore._cbwcore import NbdConnectionCore, NbdCore
 
-fits = dict(bytes_in_flight=64 << 20, connections=4, max_request=1 << 20, max_drain=1 << 20, max_extents=100, stall_seconds=5.0)
+fits = dict(bytes_in_flight=64 << 20, connections=4, max_request=1 << 20, max_drain=1 << 20, max_extents=100)
+fits["stall_seconds"] = 5.0
+how = dict(contexts=(), read_only=True, discard=False, structured=False)
 with cbwcore.Disk(path, io=io) as disk, disk.snapshot() as snap:
     def call(name, nth):
         ours, theirs = socket.socketpair()
@@ -218,11 +221,10 @@ with cbwcore.Disk(path, io=io) as disk, disk.snapshot() as snap:
             ours.shutdown(socket.SHUT_WR)
             try:
                 server = NbdCore(**fits)
-                connection = NbdConnectionCore(server, snap, contexts=(), read_only=True, discard=False, structured=False)
-                how = connection.serve(theirs.fileno())
+                end = NbdConnectionCore(server, snap, **how).serve(theirs.fileno())
             except (MemoryError, OSError):
                 return
-            assert how == "disconnected by the client", (name, nth, how)
+            assert end == "disconnected by the client", (name, nth, end)
             theirs.shutdown(socket.SHUT_WR)
             answer = ours.makefile("rb").read()
             assert answer[:16] == ANSWER and len(answer) == 16 + 3000 and answer[16:] == T0[5:3005]
@@ -245,7 +247,7 @@ sweep(("calloc", "malloc", "pthread_condattr_init"), call)
 }
 
 RINGS = {
-    "an old kernel does not know how its rings are asked for": "refuse('io_uring_queue_init_params', 0, 1, errno.EINVAL)",
+    "an old kernel has no such rings": "refuse('io_uring_queue_init_params', 0, 1, errno.EINVAL)",
     "no ring is to be had": "refuse('io_uring_queue_init_params', 0, 1 << 30, errno.ENOMEM)",
     "there is no memory for a ring": "if timeout == 0: refuse('calloc', 0, 1); disk.pread(1, 0)",
     "no buffer may be registered": "refuse('io_uring_register_buffers', 0, 1 << 30)",
@@ -300,8 +302,9 @@ def run_refused(library, place):
     """``run_refused(program, policy, io)``: it must end well, with refuse.c before libc."""
 
     def run_refused(program, *args):
+        whole = PROLOGUE + program + "\nprint('right')"
         done = subprocess.run(
-            [sys.executable, "-X", "faulthandler", "-c", PROLOGUE + program + "\nprint('right')", place / "disk", *args],
+            [sys.executable, "-X", "faulthandler", "-c", whole, place / "disk", *args],
             env=os.environ | {"LD_PRELOAD": str(library)},
             capture_output=True,
             text=True,

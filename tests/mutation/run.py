@@ -6,8 +6,8 @@
 
 Each mutant is a copy of the sources with one text replaced; it is built without optimisation, and its tests run against
 it with -x. A test that fails, crashes or hangs has caught it. First the sources as they are must pass all those tests.
-Exits with 1 if a mutant survives, or cannot be judged: its text is not in its file exactly once, it does not build, or its
-tests do not exist. Needs what tests/requirements.py prints, gcc, and liburing where the core is to have it.
+Exits with 1 if a mutant survives, or cannot be judged: its text is not in its file exactly once, it does not build, or
+its tests do not exist. Needs what tests/requirements.py prints, gcc, and liburing where the core is to have it.
 """
 
 import argparse
@@ -80,9 +80,10 @@ def build(tree: Path) -> str | None:
     has_uring = any((Path(p) / "liburing.h").exists() for p in ("/usr/include", "/usr/local/include"))
     uring = ['-DCBW_LIBURING="2"', "-luring"] if has_uring else ["", ""]
     cython = [sys.executable, "-m", "cython", "-3", "-X", "emit_code_comments=False", "-I", "src"]
+    compiler = ["gcc", "-O0", "-w", "-fPIC", "-fno-strict-aliasing", "-I", include, *uring[:1]]
     commands = [
         [*cython, "--module-name", "cbwcore._cbwcore", "-o", "core.c", "src/_cbwcore.pyx"],
-        ["gcc", "-O0", "-w", "-fPIC", "-fno-strict-aliasing", "-I", include, *uring[:1], "-c", "core.c", "-o", "core.o"],
+        [*compiler, "-c", "core.c", "-o", "core.o"],
         ["gcc", "-shared", "core.o", "-lpthread", *uring[1:], "-o", str(module)],
     ]
     for command in commands:
@@ -123,7 +124,9 @@ def try_out(mutant: Mutant, pristine: Path, work: Path) -> Verdict:
     try:
         copy_tree(pristine, tree)
         wrong = apply(mutant, tree) or build(tree)
-        return Verdict(False, wrong, judged=False) if wrong else judge(tree, mutant.tests, GIVE_UP * max(1, len(mutant.tests)))
+        if wrong:
+            return Verdict(False, wrong, judged=False)
+        return judge(tree, mutant.tests, GIVE_UP * len(mutant.tests))
     finally:
         shutil.rmtree(tree)
 
@@ -174,9 +177,11 @@ def try_all(mutants: list[Mutant], pristine: Path, work: Path, jobs: int, began:
         for future in concurrent.futures.as_completed(running):
             mutant, verdict = running[future], future.result()
             if mutant is nothing:
-                verdict = Verdict(verdict.judged and not verdict.caught, verdict.how, verdict.judged and not verdict.caught)
-                unjudged += not verdict.judged
-                print("passes   the sources as they are" if verdict.judged else f"INVALID  unbroken, fails: {verdict.how}", flush=True)
+                passes = verdict.judged and not verdict.caught
+                unjudged += not passes
+                print(
+                    "passes  " if passes else "INVALID ", mutant.name, "" if passes else f"[{verdict.how}]", flush=True
+                )
                 continue
             caught += verdict.caught
             unjudged += not verdict.judged

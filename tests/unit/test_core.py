@@ -129,9 +129,7 @@ def test_what_the_target_holds_at_this_moment(disk):
 
 def test_a_socket_that_its_owner_has_made_non_blocking_is_served(disk):
     request = bytes.fromhex("25609513 0000 0000 0000000000000001 0000000000000005 00000bb8")
-    connection = NbdConnectionCore(
-        NbdCore(**FITS), disk, contexts=(), read_only=True, discard=False, structured=False
-    )
+    connection = NbdConnectionCore(NbdCore(**FITS), disk, contexts=(), read_only=True, discard=False, structured=False)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.setblocking(False)

@@ -255,8 +255,9 @@ def test_a_deadline_ends_with_the_copy(tmp_path):
     path = tmp_path / "disk"
     path.write_bytes(b"t" * MIB)
     with cbwcore.Disk(path, io="io_uring") as disk, disk.snapshot(cbw_timeout=30) as snap:
-        for use in (lambda: disk.pwrite_zeroes(0, 65536), lambda: disk.discard(65536, 65536), lambda: disk.pwrite(b"n", 0)):
-            use()
+        disk.pwrite_zeroes(0, 65536)
+        disk.discard(65536, 65536)
+        disk.pwrite(b"n", 0)
         assert disk.pread(65536, 0) == b"n" + bytes(65535)
         assert snap.pread(MIB, 0) == b"t" * MIB
 
@@ -264,7 +265,7 @@ def test_a_deadline_ends_with_the_copy(tmp_path):
 @ring
 @pytest.mark.parametrize("policy", ["break-guest-write", "break-snapshot"])
 def test_zeroes_into_a_target_that_has_something_there_are_copied_by_a_helper(tmp_path, policy):
-    """Whether there is a hole, and making one, are calls that no deadline can end (R8): the guest's thread makes neither."""
+    """To ask for holes, and to make one, are calls that no deadline can end (R8): the guest's thread does neither."""
     path, target = tmp_path / "disk", tmp_path / "target"
     path.write_bytes(bytes(MIB))
     target.write_bytes(b"g" * MIB)
