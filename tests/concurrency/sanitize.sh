@@ -16,13 +16,15 @@ python=${CBWCORE_PYTHON:-python3}
 # What each finds, where that is likely to be, in the time that CI has for it: races where threads meet; wrong and lost
 # memory on the paths of errors and refusals; undefined arithmetic where sizes and offsets are odd.
 engine=(tests/rules tests/faults)
-units=(tests/unit/test_bad_input.py tests/unit/test_bitmaps.py tests/unit/test_disk.py tests/unit/test_engines.py
-    tests/unit/test_limits.py tests/unit/test_snapshot.py tests/unit/test_switches.py)
+units=(tests/unit/test_bad_input.py tests/unit/test_bitmaps.py tests/unit/test_core.py tests/unit/test_disk.py
+    tests/unit/test_engines.py tests/unit/test_limits.py tests/unit/test_snapshot.py tests/unit/test_switches.py)
 case $kind in
     thread) library=libtsan.so symbol=__tsan_ tests=(tests/concurrency) ;;
     address) library=libasan.so symbol=__asan_
-        # leaks are looked for by ptrace, and strace has that already
-        tests=("${engine[@]}" "${units[@]}" --deselect tests/rules/test_r11_io.py::test_r14_the_system_calls_are_durable_ones) ;;
+        # leaks are looked for by ptrace, which strace has already, and which does not get along with threads that end no more
+        silent=tests/unit/test_snapshot.py::test_what_is_left_open_at_exit_is_silent
+        tests=("${engine[@]}" "${units[@]}" --deselect "$silent[a busy guest]" --deselect "$silent[a stalled guest]"
+            --deselect tests/rules/test_r11_io.py::test_r14_the_system_calls_are_durable_ones) ;;
     undefined) library=libubsan.so symbol=__ubsan_ tests=("${engine[@]}" "${units[@]}" tests/model/test_bitmap.py::test_set_range_rounds_outward) ;;
     *) echo "sanitize.sh: $kind is not thread, address or undefined" >&2; exit 2 ;;
 esac
