@@ -180,12 +180,12 @@ with cbwcore.Disk(path, io=io) as disk:
     sweep(("mmap64", "mremap"), map_and_back)
 """,
     "a direct disk is used off its blocks": """
-def call(name, nth):
+def call(name, nth, first):
     fill()
     with cbwcore.Disk(path, io=io, direct=True) as disk:
         allow()
         refuse(name, nth)
-        for use in (lambda: disk.pwrite(b"n" * 10_000, 100), lambda: disk.pread(10_000, 100)):
+        for use in (lambda: disk.pwrite(b"n" * 10_000, 100), lambda: disk.pread(10_000, 100))[::first]:
             try:
                 use()
             except OSError as e:
@@ -200,10 +200,11 @@ try:
 except cbwcore.ConfigError:
     print("right")
     sys.exit()
-nth = 0
-while call("posix_memalign", nth):
-    nth += 1
-assert nth
+for first in (1, -1):           # the other way round: buffers are kept
+    nth = 0
+    while call("posix_memalign", nth, first):
+        nth += 1
+    assert nth
 """,
     "an NBD server and its connections are made": """
 import socket
