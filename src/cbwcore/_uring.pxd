@@ -110,7 +110,7 @@ cdef extern from * nogil:
     static inline void *own_ring(void) { return cbw_own_ring; }
     static inline void set_own_ring(void *r) { cbw_own_ring = r; pthread_setspecific(cbw_ring_key, r); }
     static inline int ring_key_create(void (*retire)(void *)) { return -pthread_key_create(&cbw_ring_key, retire); }
-    struct cbw_rings { pthread_mutex_t lock; void *idle; uint64_t nidle, count, buffers, busy; };
+    struct cbw_rings { pthread_mutex_t lock; void *idle, *lost; uint64_t nidle, count, buffers, busy; };
     static struct cbw_rings cbw_all_rings;
     """
     struct io_uring:
@@ -131,6 +131,7 @@ cdef extern from * nogil:
     struct ring_pool "cbw_rings":
         pthread_mutex_t lock    # guards all below
         void *idle              # linked by `next`
+        void *lost              # likewise: never closed nor freed
         uint64_t nidle
         uint64_t count          # of all rings
         uint64_t buffers        # registered
@@ -189,6 +190,16 @@ cdef inline void ring_put_away(ring *r) noexcept nogil:
     pthread_mutex_unlock(&rings.lock)
     if not keep:
         ring_free(r)
+
+
+cdef inline void ring_lose(ring *r) noexcept nogil:
+    """This thread's ring is of no use any more. It cannot be closed, for its descriptor may be somebody else's by now, nor freed:
+    a copy may have its buffer. So it is kept, and counted."""
+    set_own_ring(NULL)
+    pthread_mutex_lock(&rings.lock)
+    r.next = <ring *>rings.lost
+    rings.lost = r
+    pthread_mutex_unlock(&rings.lock)
 
 
 cdef inline void ring_retire(void *r) noexcept nogil:
@@ -431,7 +442,7 @@ cdef inline int64_t ring_io(spin *polls, bint write, int fd, void *buf, uint64_t
             return outcome(r)
         if rc == E_LATE:
             return rc
-        set_own_ring(NULL)              # and leaked: its descriptor may be somebody else's by now
+        ring_lose(r)
     return write_once(fd, buf, n, off) if write else read_once(fd, buf, n, off)
 
 

@@ -1,9 +1,10 @@
 #!/bin/bash
-# Run tests under a sanitizer: sanitize.sh thread|address|undefined [pytest arguments; default: tests/concurrency]
+# Run tests under a sanitizer: sanitize.sh thread|address|undefined [pytest arguments; default: the sets below]
 #
 # Builds the core with CBWCORE_SANITIZE into a directory of its own (kept and reused where CBWCORE_SANITIZE_DIR names
 # one), runs pytest there, and fails on a failed test or on any report that has a frame in _cbwcore. CPython itself is
-# not instrumented; reports without such a frame are counted and shown, and do not fail the run.
+# not instrumented; reports without such a frame are counted and shown, and do not fail the run. Under "address", memory
+# that the core has allocated and that nobody holds when a process ends is a report, too.
 #
 # CBWCORE_PYTHON: the interpreter (default python3). CBWCORE_ORACLE_SECONDS and CBWCORE_SEED are handed on.
 set -euo pipefail
@@ -12,10 +13,22 @@ kind=${1:?usage: sanitize.sh thread|address|undefined [pytest arguments]}
 shift
 root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${CBWCORE_PYTHON:-python3}
+# What each finds, where that is likely to be, in the time that CI has for it: races where threads meet; wrong and lost
+# memory on the paths of errors and refusals; undefined arithmetic where sizes and offsets are odd.
+engine=(tests/rules tests/faults --ignore tests/faults/test_refusals.py)    # which needs malloc() as it is
+units=(tests/unit/test_bad_input.py tests/unit/test_bitmaps.py tests/unit/test_core.py tests/unit/test_disk.py
+    tests/unit/test_engines.py tests/unit/test_limits.py tests/unit/test_snapshot.py tests/unit/test_switches.py)
 case $kind in
-    thread) library=libtsan.so ;;
-    address) library=libasan.so ;;
-    undefined) library=libubsan.so ;;
+    thread) library=libtsan.so symbol=__tsan_
+        # the sanitizer has pages of its own for those that one test sees untouched
+        tests=(tests/concurrency tests/rules
+            --deselect tests/rules/test_r10_arming.py::test_r17_arming_16_tib_costs_no_page_that_no_write_has_touched) ;;
+    address) library=libasan.so symbol=__asan_
+        # leaks are looked for by ptrace, which strace has already, and which does not get along with threads that end no more
+        silent=tests/unit/test_snapshot.py::test_what_is_left_open_at_exit_is_silent
+        tests=("${engine[@]}" "${units[@]}" --deselect "$silent[a busy guest]" --deselect "$silent[a stalled guest]"
+            --deselect tests/rules/test_r11_io.py::test_r14_the_system_calls_are_durable_ones) ;;
+    undefined) library=libubsan.so symbol=__ubsan_ tests=("${engine[@]}" "${units[@]}" tests/model/test_bitmap.py::test_set_range_rounds_outward) ;;
     *) echo "sanitize.sh: $kind is not thread, address or undefined" >&2; exit 2 ;;
 esac
 
@@ -33,11 +46,15 @@ mkdir -p "$work/tree" "$work/reports"
 tar -C "$root" --exclude=./build --exclude=./.git --exclude=__pycache__ --exclude=.hypothesis -cf - . | tar -C "$work/tree" -xf -
 if [ ! -x "$work/venv/bin/python" ]; then
     "$python" -m venv "$work/venv"
-    "$work/venv/bin/python" -m pip install --quiet "scikit-build-core>=0.10" "cython>=3.1" cmake ninja \
-        "bitarray>=3.0" "msgspec>=0.19" "numpy>=1.26" "rich>=13.0" "hypothesis>=6.100" "pytest>=8.0" "pytest-timeout>=2.3"
+    # what pyproject.toml says that the build, the package and its tests need
+    "$work/venv/bin/python" "$root/tests/requirements.py" >"$work/requirements.txt"
+    "$work/venv/bin/python" -m pip install --quiet -r "$work/requirements.txt"
 fi
 PATH="$work/venv/bin:$PATH" "$work/venv/bin/python" -m pip install --quiet --no-build-isolation --no-deps --force-reinstall \
     -C "cmake.define.CBWCORE_SANITIZE=$kind" -C install.strip=false "$work/tree"
+nm -D "$work"/venv/lib/python*/site-packages/cbwcore/_cbwcore.*.so >"$work/symbols"
+grep -q "$symbol" "$work/symbols" ||
+    { echo "sanitize.sh: the core was built without the $kind sanitizer" >&2; exit 2; }
 
 preload=$(gcc -print-file-name="$library")
 [ -e "$preload" ] || { echo "sanitize.sh: gcc has no $library" >&2; exit 2; }
@@ -48,6 +65,19 @@ else
     echo "sanitize.sh: setarch -R is not allowed here; if the runtime cannot place its shadow memory, that is why" >&2
 fi
 
+# Leaks are looked for with ptrace, which not every container allows: a leak that is made on purpose tells.
+leaks=0
+if [ "$kind" = address ]; then
+    echo '#include <stdlib.h>
+int main(void) { return malloc(99) == 0; }' >"$work/leak.c"
+    gcc -fsanitize=address -o "$work/leak" "$work/leak.c"
+    if { "${run[@]}" "$work/leak" 2>&1 || true; } | grep -q "99 byte"; then
+        leaks=1
+    else
+        echo "sanitize.sh: leaks cannot be looked for here (is ptrace allowed?)" >&2
+    fi
+fi
+
 # No report file can hide behind pytest's capture: each process writes its own.
 log="$work/reports/report"
 cat >"$work/suppressions" <<'END'
@@ -56,34 +86,14 @@ race:_dl_deallocate_tls
 race:__GI__dl_deallocate_tls
 END
 export TSAN_OPTIONS="suppressions=$work/suppressions:halt_on_error=0:exitcode=0:report_signal_unsafe=0:history_size=7:second_deadlock_stack=1:log_path=$log"
-export ASAN_OPTIONS="detect_leaks=0:halt_on_error=1:abort_on_error=1:detect_stack_use_after_return=0:allocator_may_return_null=1:log_path=$log"
+export ASAN_OPTIONS="detect_leaks=$leaks:halt_on_error=1:abort_on_error=1:detect_stack_use_after_return=0:allocator_may_return_null=1:log_path=$log"
+export LSAN_OPTIONS="exitcode=0:max_leaks=0"    # CPython's own leaks must not fail the processes that tests start
 export UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=0:log_path=$log"
 export PYTHONMALLOC=malloc CBWCORE_SANITIZER=$kind
 
-[ $# -gt 0 ] || set -- tests/concurrency
+[ $# -gt 0 ] || set -- "${tests[@]}"
 status=0
 (cd "$work/tree" && rm -rf src && LD_PRELOAD="$preload" "${run[@]}" "$work/venv/bin/python" -m pytest \
-    -o timeout=1200 -p no:cacheprovider -v "$@") || status=$?
-
-# A report runs from a line of "====" to the next (thread, address), or is one "runtime error" line with its stack.
-"$work/venv/bin/python" - "$work/reports" <<'END' || status=1
-import pathlib, re, sys
-ours = others = 0
-for file in sorted(pathlib.Path(sys.argv[1]).iterdir()):
-    text = file.read_text(errors="replace")
-    parts = re.split(r"(?m)^=+$\n?", text) if "====" in text else re.split(r"(?m)^(?=\S.*runtime error:)", text)
-    for part in parts:
-        if not re.search(r"WARNING: ThreadSanitizer|ERROR: AddressSanitizer|ERROR: LeakSanitizer|runtime error:|FATAL:", part):
-            continue
-        # what was done, by whom: not how the threads, mutexes and memory came to be
-        did = "\n".join(p for p in part.split("\n\n") if not re.match(r"\s*(Thread T|Mutex M|Location is|As if|Hint)", p))
-        if "_cbwcore" in did or "FATAL:" in part:
-            ours += 1
-            print(f"---- {file.name}\n{part}")
-        else:
-            others += 1
-            print(f"---- {file.name} (no frame of the core)\n" + "\n".join(part.splitlines()[:12]))
-print(f"sanitize.sh: {ours} reports with a frame in _cbwcore, {others} without")
-sys.exit(1 if ours else 0)
-END
+    -o timeout=1200 -p no:cacheprovider -q "$@") || status=$?
+"$work/venv/bin/python" "$root/tests/concurrency/sanitizer_reports.py" "$work/reports" || status=1
 exit $status

@@ -4,7 +4,19 @@ import errno
 import random
 
 import pytest
-from engine_support import CLUSTER, G, S, assert_broken, assert_refused, assert_t0, file_bytes, ranges, stalled, until
+from engine_support import (
+    CLUSTER,
+    G,
+    S,
+    assert_broken,
+    assert_refused,
+    assert_t0,
+    file_bytes,
+    pattern,
+    ranges,
+    stalled,
+    until,
+)
 
 import cbwcore
 
@@ -210,3 +222,88 @@ def test_a_broken_snapshot_under_load_never_gives_newer_data(rig, seed):
     until(lambda: snap.state == "broken", "the break")
     assert all(thread.result() for thread in readers)
     assert disk.pread(disk.size, 0) == b"\xee" * disk.size
+
+
+def test_zeroes_at_the_end_of_a_disk_that_was_cut_fail(rig):
+    disk = rig.disk()
+    with open(disk.path, "r+b") as f:
+        f.truncate(CLUSTER)
+    with pytest.raises(OSError, match="Input/output"):
+        disk.pwrite_zeroes(3 * CLUSTER, CLUSTER)
+
+
+@pytest.mark.parametrize("policy", [G, S])
+def test_a_disk_that_does_not_tell_its_size_gives_no_t0_data(rig, policy):
+    """Else it might have been cut, and written again (R12)."""
+    disk = rig.disk()
+    snap = rig.snapshot(disk, on_cbw_error=policy)
+    plan = rig.plan(disk)
+    plan.error("seek", errno.EIO)
+    with pytest.raises(OSError, match="Input/output"):
+        snap.pread(4096, 0)
+    if policy == G:
+        assert_refused(lambda: disk.pwrite(NEW, 0), errno.EIO, "source-read", 0, CLUSTER)
+        plan.release()
+        assert_t0(snap, disk.t0)
+    else:
+        disk.pwrite(NEW, 0)
+        assert_broken(snap, errno.EIO, "source-read", 0, CLUSTER)
+
+
+def test_a_file_system_that_knows_no_holes_has_data_throughout(rig):
+    disk = rig.disk()
+    plan = rig.plan(disk)
+    plan.error("seek", errno.EINVAL, skip=1)
+    assert [(e.offset, e.length, e.data) for e in disk.block_status()] == [(0, 4 * CLUSTER, True)]
+
+
+def test_a_target_that_cannot_discard_keeps_the_space_and_counts_it(rig):
+    disk = rig.disk()
+    snap = rig.snapshot(disk)
+    disk.pwrite(NEW, 0)
+    rig.plan(snap).error("discard", errno.EOPNOTSUPP)
+    snap.discard(0, CLUSTER)
+    assert snap.stats().target_bytes == CLUSTER
+    with pytest.raises(cbwcore.SnapshotAccessError):
+        snap.pread(1, 0)
+
+
+def test_of_the_space_that_is_given_up_zeroes_are_none(rig):
+    disk = rig.disk(bytes(CLUSTER) + pattern(CLUSTER) + bytes(CLUSTER) + pattern(CLUSTER))
+    snap = rig.snapshot(disk)
+    disk.pwrite(b"n" * (4 * CLUSTER), 0)
+    assert snap.stats().target_bytes == 2 * CLUSTER
+    snap.discard(0, 3 * CLUSTER)
+    assert snap.stats().target_bytes == CLUSTER
+
+
+@pytest.mark.parametrize("part", ["start", "end"])
+def test_a_read_modify_write_whose_read_fails_writes_nothing(rig, place, part):
+    path = place / "direct"
+    path.write_bytes(pattern(4 * CLUSTER))
+    try:
+        disk = rig.open(path, pattern(4 * CLUSTER), direct=True)
+    except cbwcore.ConfigError as e:
+        pytest.skip(str(e))
+    plan = rig.plan(disk)
+    plan.error("pread", errno.EIO, skip=0 if part == "start" else 1)
+    with pytest.raises(OSError, match="Input/output"):
+        disk.pwrite(b"n" * 10_000, 100)
+    assert ranges(plan, "pwrite") == []
+    assert file_bytes(path) == disk.t0
+
+
+def test_two_that_shut_the_gate_take_turns(rig):
+    disk = rig.disk()
+    plan = rig.plan(disk)
+    plan.stall("pwrite")
+    guest = rig.run(disk.pwrite, NEW, 0)
+    stalled(plan)
+    first = rig.run(disk.snapshot, rig.path("target"))
+    second = rig.run(disk._advance_clock, 0.0)
+    assert not first.done
+    assert not second.done
+    plan.release()
+    guest.result()
+    first.result()
+    second.result()

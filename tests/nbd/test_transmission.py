@@ -80,6 +80,15 @@ def test_a_snapshot_reads_t0_and_the_disk_what_was_written(host, disk, snap, str
     assert guest.read(0, SIZE) == disk.t0[:100] + b"n" * (2 * CLUSTER) + disk.t0[100 + 2 * CLUSTER :]
 
 
+def test_a_small_write_is_copied_for_too(host, disk, snap):
+    """Such are served at once, unless they need a copy."""
+    guest, reader = host.open(), host.open("snapshot")
+    for new in (b"first", b"again"):
+        guest.ok(nbd.WRITE, 100, 0, new)
+        assert reader.read(0, SIZE) == disk.t0
+        assert guest.read(100, 5) == new
+
+
 @pytest.mark.parametrize("offset", [0, 1, CLUSTER, SIZE - 1, SIZE])
 def test_a_read_of_nothing_succeeds_without_data(host, kind, structured, offset):
     client = host.open(kind, structured=structured)

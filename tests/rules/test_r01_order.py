@@ -119,6 +119,15 @@ def test_r01_a_large_write_waits_for_all_of_its_clusters(rig):
     assert_t0(snap, disk.t0)
 
 
+def test_r01_a_write_whose_first_cluster_was_copied_copies_the_others(rig):
+    disk = rig.disk(130 * 4096)  # over three words of the map
+    snap = rig.snapshot(disk, cluster_size=4096)
+    disk.pwrite(b"n", 0)
+    disk.pwrite(b"n" * (129 * 4096), 0)
+    assert snap._map("need") == [False] * 129 + [True]
+    assert_t0(snap, disk.t0)
+
+
 def test_r01_writers_and_readers_of_one_cluster_all_see_their_own_order(rig):
     disk = rig.disk()
     snap = rig.snapshot(disk)
@@ -188,6 +197,14 @@ def test_r02_a_late_copy_after_the_break_never_counts(rig):
     with pytest.raises(AssertionError, match="not within"):
         until(lambda: snap._map("done")[0] or snap.stats().cbw_copies, "a late copy that counts", limit=0.1)
     assert_broken(snap, errno.ETIMEDOUT, "timeout", 0, CLUSTER)
+
+
+def test_r02_a_copy_marks_its_own_clusters_alone(rig):
+    disk = rig.disk(5 * CLUSTER)
+    snap = rig.snapshot(disk)
+    disk.pwrite(NEW, 2 * CLUSTER - 100)
+    assert snap._map("done") == [False, True, True, False, False]
+    assert_t0(snap, disk.t0)
 
 
 def test_r02_the_maps_are_separate(rig):

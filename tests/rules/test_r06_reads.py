@@ -339,6 +339,24 @@ def test_r07_the_first_cause_is_kept(rig):
     assert_cause(snap.error, errno.EDQUOT, "target-write", 2 * CLUSTER, CLUSTER)
 
 
+def test_r07_a_copy_that_fails_after_the_break_leaves_its_cause(rig):
+    disk = rig.disk()
+    told = []
+    snap = rig.snapshot(disk, on_cbw_error=S, on_break=lambda *args: told.append(args))
+    plan = rig.plan(snap)
+    plan.delay("pwrite", 0.5, start=CLUSTER)
+    plan.error("pwrite", errno.ENOSPC, start=CLUSTER)
+    second = rig.run(disk.pwrite, NEW, CLUSTER)
+    until(lambda: plan.calls("pwrite"), "the second write's copy")
+    plan.error("pwrite", errno.EIO, end=CLUSTER)
+    disk.pwrite(NEW, 0)
+    second.result()
+    assert snap.stats().cbw_failures == 2
+    assert len(told) == 1
+    assert (snap._cause().errno, snap._cause().offset) == (errno.EIO, 0)  # the core's own: `error` is asked for once
+    assert_broken(snap, errno.EIO, "target-write", 0, CLUSTER)
+
+
 def test_r07_after_a_break_writes_take_the_fast_path(rig):
     disk = rig.disk()
     snap = rig.snapshot(disk, on_cbw_error=S)

@@ -253,6 +253,18 @@ def test_r09_a_target_that_took_part_of_a_copy_does_no_harm(rig):
     assert_t0(snap, disk.t0)
 
 
+def test_r09_what_a_failed_copy_has_written_is_given_back(rig):
+    """The limit counts it no more, so the target must not keep it."""
+    disk = rig.disk()
+    snap = rig.snapshot(disk)
+    plan = rig.plan(snap)
+    plan.short("pwrite", 8192, times=1)
+    plan.error("pwrite", errno.EIO, start=8192, times=1)
+    assert_refused(lambda: disk.pwrite(NEW, 0), errno.EIO, "target-write", 0, CLUSTER)
+    assert ranges(plan, "discard") == [(0, CLUSTER)]
+    assert (snap.stats().target_bytes, snap.stats().target_allocated) == (0, 0)
+
+
 def test_r09_the_space_of_a_failed_copy_is_given_back_to_the_limit(rig):
     disk = rig.disk()
     snap = rig.snapshot(disk, target_limit=2 * CLUSTER)

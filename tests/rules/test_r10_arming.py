@@ -21,8 +21,11 @@ from engine_support import (
 )
 
 import cbwcore
+from cbwcore._cbwcore import copy_buffers
 
 NEW = b"n" * 4096
+
+MIB = 1 << 20
 
 
 def held_at_the_gate(rig, disk, offset):
@@ -261,6 +264,78 @@ def test_r17_copy_buffers_stay_within_their_budget(rig, set_budget, timeout):
     assert copy_budget()[1] <= budget
     assert snap.stats().cbw_copies == guests
     assert_t0(snap, disk.t0)
+
+
+def test_r17_every_buffer_comes_back(rig, set_budget):
+    """One copy has the shared part of the budget, one the snapshot's reserve, others wait; and all that again."""
+    set_budget(2)
+    disk = rig.disk(8 * MIB)
+    snap = rig.snapshot(disk, cluster_size=MIB)
+    plan = rig.plan(snap)
+    for start in (0, 4):
+        plan.stall("pwrite")
+        guests = [rig.run(disk.pwrite, b"n", (start + i) * MIB) for i in range(4)]
+        stalled(plan, 2)
+        assert copy_buffers()[1] == 2 * MIB
+        plan.release()
+        for guest in guests:
+            guest.result()
+        assert copy_buffers()[1] == copy_buffers()[2] <= MIB
+    assert_t0(snap, disk.t0)
+
+
+def test_r17_nobody_waits_with_a_buffer_in_hand(rig):
+    """Two snapshots share the buffer that was read; then the write waits for a frozen read of the second."""
+    disk = rig.disk()
+    snaps = [rig.snapshot(disk) for _ in range(2)]
+    plan = rig.plan(disk)
+    plan.stall("pread", times=1)
+    reader = rig.run(snaps[1].pread, 4096, 0)
+    stalled(plan)
+    guest = rig.run(disk.pwrite, NEW, 0)
+    guest.reaches(lambda: snaps[1].stats().frozen_waits == 1, "the wait for a frozen read")
+    until(lambda: copy_buffers()[1] == copy_buffers()[2], "the end of all buffers")
+    assert not guest.done
+    plan.release()
+    guest.result()
+    assert reader.result() == disk.t0[:4096]
+
+
+def test_r17_buffers_at_rest_make_room_for_larger_ones(rig, set_budget):
+    """Of the shared part of the budget a small buffer is kept, and then the rest does not do."""
+    cbwcore.limits.copy_buffers = 128 * MIB
+    small, large = rig.disk(MIB), rig.disk(4 * MIB)
+    before = cbwcore.limits.copy_bytes
+    cbwcore.limits.copy_bytes = CLUSTER
+    try:
+        first, second = rig.snapshot(small), rig.snapshot(large, cluster_size=MIB)
+    finally:
+        cbwcore.limits.copy_bytes = before
+    cbwcore.limits.copy_buffers = copy_buffers()[3] + MIB  # what is reserved, and one large buffer
+    rig.run(small.pwrite, b"n", 0).result()  # in a new thread, which has no ring with a buffer of its own
+    assert copy_buffers()[1:3] == (CLUSTER, CLUSTER)
+    rig.run(large.pwrite, b"n", 0).result()
+    assert copy_buffers()[1:3] == (MIB, MIB)
+    assert_t0(first, small.t0)
+    assert_t0(second, large.t0)
+
+
+def test_r15_old_data_that_do_not_do_for_the_next_snapshot_are_read_again(rig, set_budget):
+    """There is no buffer for what both want; so the first reads its own cluster, and the second its larger one."""
+    set_budget(128)
+    disk = rig.disk(4 * MIB)
+    before = cbwcore.limits.copy_bytes
+    cbwcore.limits.copy_bytes = CLUSTER
+    try:
+        snaps = [rig.snapshot(disk), rig.snapshot(disk, cluster_size=MIB)]
+    finally:
+        cbwcore.limits.copy_bytes = before
+    cbwcore.limits.copy_buffers = copy_buffers()[3] + 4 * CLUSTER
+    plan = rig.plan(disk)
+    disk.pwrite(b"n", 0)
+    assert [n for _, n in ranges(plan, "pread")] == [CLUSTER, MIB]
+    for snap in snaps:
+        assert_t0(snap, disk.t0)
 
 
 def test_r17_writers_of_several_snapshots_and_sizes_share_the_budget(rig, set_budget):

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import shutil
 import sys
@@ -66,6 +67,17 @@ def test_r11_what_the_file_system_knows_as_a_hole_is_not_read(rig):
     disk.pwrite(NEW, 5 * CLUSTER)
     assert [call[1:] for call in plan.calls("pread")] == [(5 * CLUSTER, CLUSTER)]
     assert snap.stats().cbw_zero_bytes == 4 * CLUSTER
+    assert_t0(snap, t0)
+
+
+@pytest.mark.parametrize("clusters", [1, 3])
+def test_r11_data_behind_a_hole_are_copied(rig, clusters):
+    """In the same cluster, and in the same run."""
+    disk = rig.sparse(4 * CLUSTER)
+    disk.pwrite(b"data", clusters * CLUSTER - 4)
+    t0 = disk.pread(4 * CLUSTER, 0)
+    snap = rig.snapshot(disk)
+    disk.pwrite(b"n" * (3 * CLUSTER), 0)
     assert_t0(snap, t0)
 
 
@@ -223,6 +235,19 @@ def test_r12_short_transfers_of_a_direct_disk_are_unseen(rig, tmp_path, open_dir
     everything(disk, snap)
 
 
+def test_r12_an_attempt_that_ends_inside_a_block_is_made_again_from_the_block_on(rig, place, open_direct):
+    """On tmpfs, which takes requests of parts of blocks, as the plan makes them."""
+    disk = open_direct(place, pattern(4 * CLUSTER))
+    plan = rig.plan(disk)
+    for op in ("pread", "pwrite"):
+        plan.short(op, 4096 + 100, times=1)
+    new = pattern(CLUSTER, seed=5)
+    disk.pwrite(new, 0)
+    assert disk.pread(CLUSTER, 0) == new
+    for op in ("pread", "pwrite"):
+        assert [call for call in ranges(plan, op) if call[0] % 4096] == []
+
+
 def cut(disk, size):
     os.truncate(disk.path, size)
 
@@ -354,8 +379,11 @@ def test_r13_an_aligned_write_is_not_lost_under_a_read_modify_write(rig, tmp_pat
     unit = disk._file.align
     disk.pwrite(b"t", 1)
     plan = rig.plan(disk)
+    aligned = mmap.mmap(-1, unit)  # memory that needs no bounce buffer
+    aligned.write(b"M" * unit)
     for change, expected in (
         (lambda: disk.pwrite(b"A" * unit, unit), b"A"),
+        (lambda: disk.pwrite(aligned, unit), b"M"),
         (lambda: disk.pwrite_zeroes(unit, unit), b"\0"),
         (lambda: disk.discard(unit, unit), b"\0"),
     ):

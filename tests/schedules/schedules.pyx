@@ -10,8 +10,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc
 from libc.string cimport memcpy, memset
 
-from cbwcore._sys cimport add_seq_cst, load_relaxed, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_mutex_init
-from cbwcore._geometry cimport least, outer_end
+from cbwcore._sys cimport add_seq_cst, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from cbwcore._bitmap cimport bitmap, bitmap_free, bitmap_init, bitmap_next, bitmap_put, bitmap_reset, bitmap_test
 from cbwcore._buffers cimport bufpool, bufpool_destroy, bufpool_init, bufpool_reserve
 from cbwcore._blockio cimport (

@@ -247,3 +247,34 @@ def test_a_write_that_the_system_cuts_short_fails_with_its_error(tmp_path, io):
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "EFBIG\n"), done.stderr
+
+
+@ring
+def test_a_deadline_ends_with_the_copy(tmp_path):
+    """What the thread does next may take as long as it likes, also by calls that no deadline can end."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"t" * MIB)
+    with cbwcore.Disk(path, io="io_uring") as disk, disk.snapshot(cbw_timeout=30) as snap:
+        disk.pwrite_zeroes(0, 65536)
+        disk.discard(65536, 65536)
+        disk.pwrite(b"n", 0)
+        assert disk.pread(65536, 0) == b"n" + bytes(65535)
+        assert snap.pread(MIB, 0) == b"t" * MIB
+
+
+@ring
+@pytest.mark.parametrize("policy", ["break-guest-write", "break-snapshot"])
+def test_zeroes_into_a_target_that_has_something_there_are_copied_by_a_helper(tmp_path, policy):
+    """To ask for holes, and to make one, are calls that no deadline can end (R8): the guest's thread does neither."""
+    path, target = tmp_path / "disk", tmp_path / "target"
+    path.write_bytes(bytes(MIB))
+    target.write_bytes(b"g" * MIB)
+    with (
+        cbwcore.Disk(path, io="io_uring") as disk,
+        disk.snapshot(target, cbw_timeout=30, on_cbw_error=policy) as snap,
+    ):
+        disk.pwrite(b"n" * 70_000, 100)
+        assert disk.pread(70_000, 100) == b"n" * 70_000
+        assert snap.pread(MIB, 0) == bytes(MIB)
+        assert snap.state == "armed"
+    assert target.read_bytes()[:131072] == bytes(131072)
