@@ -541,6 +541,21 @@ def test_fleecing_from_a_broken_snapshot_is_no_success(make_disk, tmp_path):
     assert bitmap.since is None
 
 
+def test_fleecing_that_is_cancelled_before_it_has_started_stays_so(make_disk, monkeypatch):
+    """As by a thread that closes the disk at that moment."""
+    real = cbwcore.BackupJob.start
+
+    def start(job):
+        job.cancel()
+        real(job)
+
+    monkeypatch.setattr(cbwcore.BackupJob, "start", start)
+    job = make_disk().backup(None, sync="none")
+    assert job.status == JobStatus.CONCLUDED
+    with pytest.raises(JobCancelledError):
+        job.wait(20)
+
+
 def test_only_fleecing_is_completed_by_hand(make_disk, tmp_path):
     disk = make_disk()
     job = disk.backup(tmp_path / "image", speed=ONE_AT_A_TIME)

@@ -223,7 +223,7 @@ class BackupJob:
         with self._lock:
             self._cancelled = True
             ends_here = self.sync == Sync.NONE and not self._ending
-            self._ending = True
+            self._ending = self.sync == Sync.NONE
         self._control.stop()
         if ends_here:
             self._conclude()
@@ -243,7 +243,11 @@ class BackupJob:
 
     def start(self) -> None:
         """Once, by whoever made it. Where it can have no thread it has failed with that."""
-        self._set_status(JobStatus.RUNNING)
+        with self._lock:
+            if self._ending:  # sync none: who closes the disk has cancelled it already
+                return
+            self._status = JobStatus.RUNNING
+        self._tell_status()
         if self.sync == Sync.NONE:
             return
         try:
