@@ -767,6 +767,7 @@ cdef void set_up(str letters, list names) except *:
         disk_init(W.d[k])
         blk_init(&W.d[k].io)
         attach(&W.d[k].io, k)
+        W.d[k].closed = 0
         for i in range(UNITS):
             cs.file[k].unit[i] = initial(k, i)
         cs.file[k].hole[1] = HOLE
