@@ -30,7 +30,8 @@ from cbwcore._engine cimport (
     guest_read_at_once, guest_write, guest_write_at_once,
 )
 from cbwcore._nbd_helpers cimport (
-    epoll_add, epoll_forget, epoll_watch, eventfd_add, helpers, helpers_ready, seat_call, seat_event, seat_leave, seat_take,
+    MAX_VISITORS, epoll_add, epoll_forget, epoll_watch, eventfd_add, helpers, helpers_ready, seat_call, seat_event, seat_leave,
+    seat_take,
 )
 from cbwcore._nbd_room cimport OWN_BYTES, room, room_put, room_stir, room_take_large, room_take_small, share
 from cbwcore._nbd_status cimport EXTENT_BYTES, context, list_extents
@@ -72,7 +73,7 @@ cdef enum:
     BATCH_BYTES = 1 << 17       # answers collected before they are sent
     CONN_BYTES = IN_BYTES + BATCH_BYTES + 2 * PENDING + OWN_BYTES     # touched only as far as they are used
     BATCHED_READ = 1 << 16      # longest read that goes into a batch
-    MAX_RUNNING = 16            # requests of one connection that are run at once; as MAX_VISITORS
+    MAX_RUNNING = MAX_VISITORS  # requests of one connection that are run at once
     MAX_CONTEXTS = 64
     FEW = 2                     # requests served from one receipt: of more, others are likely to be on their way
     SEND_BYTES = 1 << 14        # of answers in a batch that is not kept any longer: the client has enough to go on

@@ -214,6 +214,16 @@ def test_a_damaged_bitmap_file(make_disk, tmp_path):
         assert disk.bitmaps["daily"].persistent
 
 
+def test_a_group_that_cannot_start_replaces_no_bitmap(full, make_disk, tmp_path):
+    """Not even one that cannot be used, of the disk before the one that fails."""
+    disk, _ = full
+    disk.bitmaps["daily"]._spoil("the test says so")
+    (tmp_path / "there").write_bytes(b"there")
+    with pytest.raises(ConfigError, match="there already"):
+        cbwcore.backup_group([(disk, tmp_path / "new"), (make_disk(name="second"), tmp_path / "there")], bitmap="daily")
+    assert disk.bitmaps["daily"].inconsistent == "the test says so"
+
+
 def test_a_bitmap_goes_on_in_the_next_process(make_disk, tmp_path):
     disk = make_disk()
     disk.backup(tmp_path / "full.qcow2", bitmap="daily").wait()

@@ -64,6 +64,8 @@ def backup_group(
             locks.enter_context(disks[key]._admin)
         with contextlib.ExitStack() as undo:
             ready = [make_ready(disk, each, undo) for disk, each in pairs]
+            # Last: bitmaps that cannot be used are replaced, and that is for good.
+            ready = [each._replace(bitmap=take_bitmap(each.disk, each.options, each.decision, undo)) for each in ready]
             taken = take_snapshots([wanted_of(each) for each in ready])
             created = time.time()
             for each, found in zip(ready, taken, strict=True):
@@ -90,7 +92,7 @@ def options_of(what: Target | BackupOptions, options: dict[str, Any]) -> BackupO
 
 
 def make_ready(disk: Disk, options: BackupOptions, undo: contextlib.ExitStack) -> Ready:
-    """All that can fail before T0; ``undo`` takes it back."""
+    """All that can fail before T0 but for the bitmap; ``undo`` takes it back."""
     decision = decide(disk, options)
     clean_up = contextlib.ExitStack()
     output = None
@@ -114,8 +116,7 @@ def make_ready(disk: Disk, options: BackupOptions, undo: contextlib.ExitStack) -
         undo.callback(output.abort)
         if options.fleece is not None and not fleece_is_there:
             clean_up.callback(os.unlink, options.fleece)
-    bitmap = take_bitmap(disk, options, decision, undo)
-    return Ready(disk, options, decision, bitmap, output, clean_up, uuid.uuid4().hex, identify(disk._file.fd))
+    return Ready(disk, options, decision, None, output, clean_up, uuid.uuid4().hex, identify(disk._file.fd))
 
 
 def give_up(ready: Ready, taken: Taken) -> None:
