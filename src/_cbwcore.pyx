@@ -599,12 +599,11 @@ cdef object cbw_error(const failure *why):
 
 cdef class SnapshotCore:
     """A disk as it was at T0. Every method may be called from any thread."""
-    cdef snapshot *s
+    cdef snapshot *s                   # NULL from close on
+    cdef snapshot *kept                # the same, for good: a reader it told of a break finds the cause there after close, too
     cdef disk *d                       # owns one of its references
     cdef uint64_t generation
     cdef bint linked
-    cdef failure last_cause            # s.cause and s.break_unreported, from close on
-    cdef bint last_unreported
     cdef uint64_t guest_writes_before
     cdef readonly DiskCore _disk
     cdef object faults
@@ -617,7 +616,7 @@ cdef class SnapshotCore:
         if load_relaxed(&owner.d.closed):
             raise owner.failed(E_CLOSED, NULL)
         self.generation = fork_generation
-        self.s = <snapshot *>calloc(1, sizeof(snapshot))
+        self.s = self.kept = <snapshot *>calloc(1, sizeof(snapshot))
         if self.s == NULL:
             raise MemoryError("no memory for a snapshot")
         rc = snapshot_init(self.s, &owner.d.io, &POOL, &owner.d.clock_skew, owner.d.io.size, shift, scoped)
@@ -634,6 +633,8 @@ cdef class SnapshotCore:
             return
         if self.s != NULL:
             self.release()
+        if self.kept != NULL:
+            snapshot_put(self.kept)
         if self.d != NULL:
             disk_put(self.d)
 
@@ -642,18 +643,11 @@ cdef class SnapshotCore:
         cdef snapshot *s = self.s
         cdef disk *d = self.d
         cdef bint linked = self.linked
-        cdef failure cause
-        cdef bint unreported
         self.s = NULL                  # under the GIL: no request enters from here; those inside are waited for
         with nogil:
             if linked:
                 disarm(d, s)
-            cause = s.cause
-            unreported = s.break_unreported
             rc = snapshot_release(s)
-            snapshot_put(s)
-        self.last_cause = cause
-        self.last_unreported = unreported
         return rc
 
     def _attach(self, fd, tail_fd, size, direct_end, align, mem_align, zero_align, bint is_device, bint uring, bint is_new,
@@ -718,7 +712,7 @@ cdef class SnapshotCore:
             return SnapshotAccessError(EACCES, f"offset {offset} length {length} is outside the snapshot's scope or discarded")
         if rc == E_BROKEN:
             cause = self.error
-            error = SnapshotBrokenError(EACCES, f"the snapshot is broken: {cause or 'it is being closed'}")
+            error = SnapshotBrokenError(EACCES, f"the snapshot is broken: {cause}")
             error.__cause__ = cause
             return error
         return os_error(rc, self._target_path() if in_target else self._disk.path)
@@ -729,16 +723,12 @@ cdef class SnapshotCore:
     def _take_break(self):
         """True for one caller after a break, False for all others."""
         cdef bint taken
-        if self.s == NULL:
-            taken = self.last_unreported
-            self.last_unreported = False
-            return bool(taken)
         if self.generation != fork_generation:
             return False
-        pthread_mutex_lock(&self.s.lock)
-        taken = self.s.break_unreported
-        self.s.break_unreported = False
-        pthread_mutex_unlock(&self.s.lock)
+        pthread_mutex_lock(&self.kept.lock)
+        taken = self.kept.break_unreported
+        self.kept.break_unreported = False
+        pthread_mutex_unlock(&self.kept.lock)
         return bool(taken)
 
     def _state(self):
@@ -747,11 +737,12 @@ cdef class SnapshotCore:
 
     def _cause(self):
         """The first failure, as a CopyBeforeWriteError; None while there is none."""
-        cdef failure why = self.last_cause
-        if self.s != NULL and self.generation == fork_generation:
-            pthread_mutex_lock(&self.s.lock)
-            why = self.s.cause
-            pthread_mutex_unlock(&self.s.lock)
+        cdef failure why
+        if self.generation != fork_generation:
+            return None
+        pthread_mutex_lock(&self.kept.lock)
+        why = self.kept.cause
+        pthread_mutex_unlock(&self.kept.lock)
         return cbw_error(&why) if why.error else None
 
     def pread(self, length, offset):

@@ -148,8 +148,9 @@ cdef inline int snapshot_init(snapshot *s, blk *source, bufpool *pool, const uin
 
 
 cdef inline int snapshot_release(snapshot *s) noexcept nogil:
-    """Stop the helpers, free the maps, close the target; no request is inside. 0, or -errno of close."""
+    """Stop the helpers, free maps and buffers, close the target; no request is inside. 0, or -errno of close."""
     workers_stop(&s.helpers)
+    bufpool_destroy(&s.bounce)
     bitmap_free(&s.need)
     bitmap_free(&s.done)
     bitmap_free(&s.zero)
@@ -166,7 +167,6 @@ cdef inline void snapshot_put(snapshot *s) noexcept nogil:
     pthread_mutex_unlock(&s.lock)
     if last:
         blk_destroy(&s.target)
-        bufpool_destroy(&s.bounce)
         pthread_cond_destroy(&s.changed)
         pthread_mutex_destroy(&s.lock)
         free(s)

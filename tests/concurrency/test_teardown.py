@@ -381,6 +381,49 @@ def test_break_just_before_the_core_closes_is_kept_and_told(home: Path, monkeypa
     assert told == [snap], f"on_break was called {len(told)} times"
 
 
+def test_reader_told_of_a_break_finds_its_cause_while_the_core_closes(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told "broken", and asks for the cause only when close() has begun, and waits for the guest write."""
+    disk, _ = open_disk(home)
+    plan = FaultPlan()
+    disk._inject(plan)
+    snap = disk.snapshot(target_limit=0, on_cbw_error="break-snapshot")
+    crew = Crew()
+    told: list[cbwcore.SnapshotBrokenError] = []
+    asks = threading.Event()
+    cause, close = cbwcore.Snapshot._cause, cbwcore.Snapshot._close
+
+    def ask_late(self: cbwcore.Snapshot) -> cbwcore.CopyBeforeWriteError | None:
+        if asks.is_set():
+            until(lambda: self.state == "closed")
+        return cause(self)
+
+    def read() -> None:
+        asks.set()
+        with pytest.raises(cbwcore.SnapshotBrokenError) as caught:
+            snap.pread(1, 0)
+        told.append(caught.value)
+        plan.release()
+
+    def late_break(self: cbwcore.Snapshot) -> None:
+        plan.stall("pwrite")
+        crew.run(lambda: disk.pwrite(b"x", 0))
+        until(lambda: plan.stalled)
+        crew.run(read)
+        until(asks.is_set)
+        time.sleep(0.05)  # until it is in ask_late
+        close(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cbwcore.Snapshot, "_close", late_break)
+        patch.setattr(cbwcore.Snapshot, "_cause", ask_late)
+        snap.close()
+        crew.done()
+    assert told[0].__cause__ is not None
+    assert told[0].__cause__.errno == errno.ENOSPC  # type: ignore[attr-defined]
+
+
 def test_close_from_many_threads_at_once(home: Path) -> None:
     for i in range(20 // SLOWER):
         disk, _ = open_disk(home, f"disk{i}")
