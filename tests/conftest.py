@@ -22,6 +22,7 @@ import pytest
 
 import cbwcore
 from cbwcore._cbwcore import FaultPlan
+from cbwcore.cli import main
 from cbwcore.engines import choose_engine
 
 REQUIRED = os.environ.get("CBWCORE_REQUIRE_PEERS") == "1"
@@ -421,6 +422,20 @@ def assert_status() -> Callable[..., list[cbwcore.Extent]]:
         return extents
 
     return assert_status
+
+
+@pytest.fixture(name="run")
+def run_main(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """main() in this process: its exit code, stdout and stderr."""
+
+    def call(*argv: str | Path) -> tuple[int, str, str]:
+        try:
+            status = main([str(a) for a in argv])
+        except SystemExit as e:
+            status = int(e.code or 0)
+        return status, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

@@ -10,25 +10,11 @@ import sys
 import pytest
 from images_support import UNIT, backup, changed, layout
 
-from cbwcore.cli import main
 from cbwcore.cli import progress as progress_module
 from cbwcore.cli.progress import phases, progress
 
 SIZE = 10 * UNIT + 100
 COMMAND = [sys.executable, "-c", "import sys; from cbwcore.cli import main; sys.exit(main())"]
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        try:
-            status = main([str(a) for a in argv])
-        except SystemExit as e:
-            status = int(e.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from cbwcore._cbwcore import io_uring_state
 from cbwcore.cli import demo as demo_module
 from cbwcore.cli import image as image_module
 from cbwcore.cli import load as load_module
-from cbwcore.cli import main
 from cbwcore.cli import output as output_module
 from cbwcore.cli import policies as policies_module
 from cbwcore.disk import Disk
@@ -32,21 +31,6 @@ COMMAND = [sys.executable, "-c", "import sys; from cbwcore.cli import main; sys.
 IS_ROOT = os.geteuid() == 0
 
 Main = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Main:
-    """main() in this process: its exit code, stdout and stderr."""
-
-    def call(*argv: str | Path) -> tuple[int, str, str]:
-        try:
-            status = main([str(a) for a in argv])
-        except SystemExit as e:
-            status = int(e.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 @pytest.fixture

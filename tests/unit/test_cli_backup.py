@@ -10,24 +10,9 @@ import time
 import pytest
 
 import cbwcore
-from cbwcore.cli import main
 
 MIB = 1 << 20
 COMMAND = [sys.executable, "-c", "import sys; from cbwcore.cli import main; sys.exit(main())", "backup"]
-
-
-@pytest.fixture
-def run(capsys):
-    """main() in this process: its exit code, stdout and stderr."""
-
-    def call(*argv):
-        try:
-            status = main([str(a) for a in argv])
-        except SystemExit as e:
-            status = int(e.code or 0)
-        return status, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

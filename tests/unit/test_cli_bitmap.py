@@ -14,21 +14,6 @@ SIZE = 100 * UNIT + 1000
 
 
 @pytest.fixture
-def run(capsys):
-    """main() in this process: its exit code, stdout and stderr."""
-
-    def call(*argv):
-        try:
-            status = main([str(a) for a in argv])
-        except SystemExit as e:
-            status = int(e.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
-
-
-@pytest.fixture
 def ok(run):
     """What ``cbwcore bitmap`` prints; it must succeed, without a word on stderr."""
 

@@ -19,7 +19,6 @@ from engine_support import CLUSTER, LIMIT, pattern, until
 from nbd_support import Client, Disconnected
 
 import cbwcore
-from cbwcore.cli import main
 from cbwcore.cli.arguments import parse_seconds, parse_size
 
 SIZE = 16 * CLUSTER + 1000
@@ -924,21 +923,6 @@ def test_usage_errors(run, image, place, left, monkeypatch, arguments, text):
     assert text in one_line(err)
     assert left() == []
     assert is_free(image)
-
-
-@pytest.fixture
-def run(capsys):
-    """main() in this process: its exit code, stdout and stderr."""
-
-    def call(*argv):
-        try:
-            status = main([str(a) for a in argv])
-        except SystemExit as e:
-            status = int(e.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def test_without_a_disk(run):
