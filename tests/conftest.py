@@ -36,8 +36,10 @@ hypothesis.settings.load_profile("cbwcore")
 
 
 def pytest_configure() -> None:
-    """A run that is terminated takes its mounts and loop devices down, too."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """A run that is terminated takes its mounts and loop devices down, too. What a shell runs in the background ignores
+    SIGINT, and so would the programs that the tests start and interrupt."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     if ENGINE is not None:
         cbwcore.disk.choose_engine = cbwcore.snapshot.choose_engine = for_auto(ENGINE)
 

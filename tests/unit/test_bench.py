@@ -440,12 +440,15 @@ def test_bench_interrupted_leaves_nothing_behind(work: Path, tmp_path: Path, num
     with subprocess.Popen(
         [*command, "--output", tmp_path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 30
-        while not list(work.glob("*/target")):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=30)
+        try:
+            deadline = time.monotonic() + 30
+            while not list(work.glob("*/target")):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == status
     assert "Traceback" not in err
     assert not (tmp_path / "report.md").exists()

@@ -4,6 +4,7 @@ need."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import cbwcore
+from cbwcore.bench.pull import PERCENTILES
 from cbwcore.bench.results import Bound, Figures, Row, compared
 from cbwcore.bench.rounds import Case, Run, Seconds, plainly, ratio
 from cbwcore.bench.servers import Server, serving, stop
@@ -44,6 +46,8 @@ MOST_OF_CP = 1.3
 MOST_OF_HELD = 0.6
 LARGE_DISK, SMALL_DISK = 1 << 40, 1 << 30
 PIECE = 4 << 20
+
+Latency = dict[str, float]  # a percentile's name, seconds
 
 
 def half_filled(path: Path, size: int, *, compressible: bool = False) -> Path:
@@ -106,18 +110,20 @@ def without_load(setting: Setting) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def guest(server: Server, size: int) -> Iterator[None]:
-    """fio writes at its rate while the block runs."""
+def guest(server: Server, size: int, waited: list[Latency]) -> Iterator[None]:
+    """fio writes at its rate while the block runs; then how long its writes took goes to ``waited``."""
     command = (
         *("fio", "--name=x", "--ioengine=nbd", f"--uri={server.uri('disk')}", f"--bs={BLOCK}", "--rw=randwrite"),
+        *("--output-format=json", f"--percentile_list={':'.join(PERCENTILES.values())}"),
         *(f"--size={size}", "--norandommap", "--time_based", "--runtime=600", "--iodepth=1", f"--rate_iops={RATE}"),
     )
     process = subprocess.Popen(
         [find("fio") or "fio", *command[1:]],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,  # it prints once, at its end, less than a pipe holds
         stderr=subprocess.DEVNULL,
     )
+    assert process.stdout is not None
     try:
         written = server.written()
         while server.written() == written:  # it has begun
@@ -129,10 +135,14 @@ def guest(server: Server, size: int) -> Iterator[None]:
             raise BenchError("fio ended before the backup did")
     finally:
         stop(process)
+        with process.stdout:
+            printed = process.stdout.read()
+    told = json.loads(printed[printed.index(b"{") :])["jobs"][0]["write"]
+    waited.append({name: told["clat_ns"]["percentile"][key] / 1e9 for name, key in PERCENTILES.items()})
 
 
 @contextlib.contextmanager
-def qemu_under_load(disk: Path, size: int) -> Iterator[Run]:
+def qemu_under_load(disk: Path, size: int, waited: list[Latency]) -> Iterator[Run]:
     """nbdcopy of the snapshot that QEMU's daemon has of the disk."""
 
     def files(own: Path, size: int) -> Files:
@@ -142,13 +152,13 @@ def qemu_under_load(disk: Path, size: int) -> Iterator[Run]:
         return Files(disk, target, size)
 
     image = disk.with_name("image")
-    with serving("qemu", disk.parent, size, files) as server, guest(server, size):
+    with serving("qemu", disk.parent, size, files) as server, guest(server, size, waited):
         yield lambda: copied("nbdcopy", server.uri("snapshot"), image)
     (disk.parent / "qemu" / "target").unlink()
 
 
 @contextlib.contextmanager
-def cbwcore_under_load(disk: Path, size: int) -> Iterator[Run]:
+def cbwcore_under_load(disk: Path, size: int, waited: list[Latency]) -> Iterator[Run]:
     """A backup job in the process that serves the disk to its guest."""
     image, fleece = disk.with_name("image"), disk.with_name("fleece")
     with tempfile.TemporaryDirectory(prefix="cbw-") as name:
@@ -165,7 +175,7 @@ def cbwcore_under_load(disk: Path, size: int) -> Iterator[Run]:
                 process.stdin.write(os.fsencode(image) + b"\n")  # type: ignore[union-attr]
                 return Seconds(process.stdout.readline())  # type: ignore[union-attr]
 
-            with guest(Server(process.pid, sock), size):
+            with guest(Server(process.pid, sock), size, waited):
                 yield run
         finally:
             process.stdin.close()
@@ -180,12 +190,16 @@ def under_load(setting: Setting) -> Iterator[Row]:
     size = LARGER * setting.size
     with half_filled_disk(setting) as disk:
         cases: dict[str, Case] = {}
+        waited: dict[str, list[Latency]] = {"peer": [], "cbwcore": []}
         if not missing("qemu-storage-daemon", "nbdcopy"):
-            cases["peer"] = lambda: qemu_under_load(disk, size)
-        cases["cbwcore"] = lambda: cbwcore_under_load(disk, size)
+            cases["peer"] = lambda: qemu_under_load(disk, size, waited["peer"])
+        cases["cbwcore"] = lambda: cbwcore_under_load(disk, size, waited["cbwcore"])
         seconds = setting.seconds(cases, rounds=setting.fewer(5, 2))
         what = f"full, raw, {size_of(setting)}, a guest's {RATE} writes a second"
         yield compared(what, seconds, peer_max=1.0, no_peer="not installed")
+        for name in PERCENTILES:
+            latencies = {case: [each[name] for each in waited[case]] for case in cases}
+            yield compared(f"that guest's writes, {name}", latencies, no_peer="not installed")
 
 
 def size_of(setting: Setting) -> str:
