@@ -180,13 +180,13 @@ class Server:
 # ---- disks ----
 
 
-@functools.lru_cache(32)
+@functools.lru_cache(2)  # a test has one or two; many are 64 MiB, and each fork of this process would copy their pages
 def pattern(size, seed=1):
     """Seeded bytes, none of them zero, so that no cluster passes for a hole."""
     return random.Random(seed).randbytes(size).replace(b"\0", b"\1")
 
 
-@functools.lru_cache(32)
+@functools.lru_cache(2)
 def mixed(size=ODD, seed=1):
     """Data with holes of many lengths, some of them no multiple of a page; the last bytes are data."""
     rng = random.Random(seed)

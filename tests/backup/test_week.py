@@ -119,7 +119,7 @@ def test_a_week(tmp_path, seed, resources, needs, compress):
     subprocess.run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", last, restored], check=True)
 
 
-@pytest.mark.parametrize("turn", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 4))])
+@pytest.mark.parametrize("turn", range(4))
 def test_days_that_are_killed(tmp_path, seed, turn):
     """Whenever the process dies: nothing is missing from the bitmap, and the next backup is exact."""
     week = Week(tmp_path, seed + turn)

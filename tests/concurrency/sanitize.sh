@@ -25,6 +25,9 @@ units=(tests/unit/test_bad_input.py tests/unit/test_bitmaps.py tests/unit/test_c
 # not in these.
 no_leaks=(tests/unit/test_snapshot.py::test_what_is_left_open_at_exit_is_silent
     tests/rules/test_r11_io.py::test_r14_the_system_calls_are_durable_ones)
+# Where a ring and what waits for it are in several threads' hands.
+over_uring=(tests/concurrency/test_oracle.py tests/concurrency/test_close.py tests/storage/test_late_copies.py
+    tests/unit/test_engines.py)
 case $kind in
     thread) library=libtsan.so symbol=__tsan_
         # the sanitizer has pages of its own for those that one test sees untouched
@@ -111,7 +114,10 @@ test_these() {
 status=0
 if [ $# -eq 0 ]; then
     set -- "${tests[@]}"
-    [ "$kind" != address ] || ASAN_OPTIONS=${ASAN_OPTIONS/detect_leaks=1/detect_leaks=0} test_these "${no_leaks[@]}" || status=1
+    case $kind in
+        thread) CBWCORE_TEST_IO=io_uring test_these "${over_uring[@]}" || status=1 ;;
+        address) ASAN_OPTIONS=${ASAN_OPTIONS/detect_leaks=1/detect_leaks=0} test_these "${no_leaks[@]}" || status=1 ;;
+    esac
 fi
 test_these "$@" || status=1
 "$work/venv/bin/python" "$root/tests/concurrency/sanitizer_reports.py" "$work/reports" || status=1

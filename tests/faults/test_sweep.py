@@ -135,7 +135,6 @@ if WANTED in ("", "whole"):
         assert steady(first["seen"]) == steady(second["seen"])
         assert len(first["seen"]) > 20
 
-    @pytest.mark.slow
     @pytest.mark.timeout(24 * 3600 if WANTED == "whole" else 600)
     @pytest.mark.parametrize("config", CONFIGS, ids=str)
     def test_whatever_fails_the_data_are_right(sweep, config, seed):

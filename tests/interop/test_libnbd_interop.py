@@ -244,7 +244,6 @@ def counted(size):
     return np.arange(0, size, 8, dtype=">u8").tobytes()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("aio-parallel", 64 * MIB), ("synch-parallel", 8 * MIB)])
 def test_parallel(build, libnbd, run, serve, image, here, name, size):
     """Eight connections write and read; each read is compared with what must be there. The snapshot stays as it was."""

@@ -196,7 +196,6 @@ def with_discards(server):
     return ["-blockdev", nbd, "-device", "virtio-blk-pci,drive=d0"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("drive", [as_documented, with_discards], ids=lambda drive: drive.__name__)
 def test_a_machine_writes_while_its_snapshot_is_pulled(serve, image, start, place, rng, drive):
     t0 = mixed(SIZE)

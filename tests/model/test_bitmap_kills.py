@@ -258,7 +258,6 @@ def test_nothing_is_missing_whenever_it_dies(ops: list[Any], last_step: int | No
     run(ops, last_step, recovery_step)
 
 
-@pytest.mark.slow
 @settings(max_examples=1000)
 @given(
     st.lists(operations, max_size=30),
@@ -302,7 +301,6 @@ def test_guests_write_on_while_jobs_come_and_go(tmp_path: Path) -> None:
     rounds(tmp_path, seed=1, count=8)
 
 
-@pytest.mark.slow
 def test_guests_write_on_while_jobs_come_and_go_at_length(tmp_path: Path) -> None:
     rounds(tmp_path, seed=2, count=150)
 
