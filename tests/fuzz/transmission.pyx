@@ -328,6 +328,7 @@ cdef void make_disk() noexcept nogil:
     file_init(&DISK_FILE, False)
     file_init(&TARGET_FILE, True)
     attach(&D.io, make_file(SIZE), &DISK_FILE)
+    D.closed = 0
     TARGET_FD = make_file(SIZE)
     for i in range(SIZE):
         T0[i] = pattern(i)
@@ -353,7 +354,7 @@ cdef void take_snapshot() noexcept nogil:
     SNAP.target_limit = ~<uint64_t>0
     SNAP.max_copies = 4
     SNAP.copy_run = 4 << SHIFT
-    rc = rc or bufpool_reserve(&POOL, &SNAP.own, SNAP.copy_run) or arm(&owner, 1, &SNAP, &owner, 1)
+    rc = rc or bufpool_reserve(&POOL, &SNAP.own, SNAP.copy_run) or arm(&owner, 1, &SNAP, &owner, 1, NULL, 0)
     if rc:
         abort()
     SNAP_OPEN = True
