@@ -348,6 +348,7 @@ class Soak:
     def use_server(self, socket, pulled, t0):
         words = ["fio", "--name=x", "--ioengine=nbd", f"--uri={uri_of(socket)}", "--rw=randwrite", "--bs=4k"]
         words += ["--iodepth=8", "--size=16m", "--io_size=4m", "--verify=crc32c", "--output-format=json"]
+        words += ["--verify_state_save=0"]  # as above
         fio = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         try:
             command("nbdcopy", uri_of(socket, "snapshot"), pulled)
