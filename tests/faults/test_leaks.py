@@ -116,3 +116,21 @@ def test_a_thousand_rounds_of_failure_leave_nothing(place, io, caplog):
 def path_of(path):
     path.write_bytes(T0)
     return path
+
+
+def test_a_closed_snapshot_that_is_kept_holds_no_buffer(place):
+    """R17: of a bounce buffer, for a read that O_DIRECT does not fit, nothing is left after close()."""
+    path = place / "disk"
+    try:
+        disk = cbwcore.Disk(path_of(path), direct=True)
+    except cbwcore.ConfigError as e:
+        pytest.skip(str(e))
+    with disk:
+        kept, given = [], 0
+        for number in range(20):
+            snapshot = disk.snapshot()
+            snapshot.pread(1000, 1)
+            snapshot.close()
+            kept.append(snapshot)
+            given = given if number else allocated()
+        assert allocated() - given < 20 * 3000
