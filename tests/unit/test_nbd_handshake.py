@@ -12,6 +12,7 @@ import subprocess
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from engine_support import LIMIT, Guest, settled, until
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cbwcore
-from cbwcore.nbd import NbdLimits, TlsConfig
+from cbwcore.nbd import NbdLimits, TlsConfig, handshake
 from cbwcore.nbd import protocol as nbd
 from cbwcore.nbd.exports import Export, Exports
 from cbwcore.nbd.handshake import HandshakeError, Negotiated, negotiate
@@ -286,6 +287,25 @@ def test_abort_need_not_wait_for_its_answer(connect, exports):
     client.send(option(ABORT))
     client.sock.close()
     client.left()
+
+
+def test_an_abort_behind_the_deadline_is_too_late(exports, monkeypatch):
+    """Without an answer, and the caller is told why: it is the deadline that ended it."""
+    client, served = socket.socketpair()
+    with client, served:
+        client.sendall(u32(3) + option(ABORT))
+        now, read = [0.0], socket.socket.recv_into
+        monkeypatch.setattr(handshake, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+        class Late(socket.socket):
+            def recv_into(self, view):
+                count = read(self, view)
+                if len(view) == 16:  # the option's header
+                    now[0] = 2.0
+                return count
+
+        with Late(fileno=os.dup(served.fileno())) as late, pytest.raises(TimeoutError, match="took too long"):
+            negotiate(late, exports, NbdLimits(), None, 1.0)
 
 
 # ---- options ----

@@ -6,7 +6,6 @@ phase, and what it sends behind STARTTLS in the clear meets the TLS handshake, w
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import ssl
 import struct
@@ -232,8 +231,12 @@ class _Handshake:
 
     def _abort(self, payload: bytes) -> None:
         self._reply(nbd.NBD_REP_ACK)
-        with contextlib.suppress(OSError):  # it need not wait for the answer
+        try:
             self._flush()
+        except TimeoutError:
+            raise
+        except OSError:  # it need not wait for the answer
+            pass
         raise _LeftError
 
     def _list(self, payload: bytes) -> None:
