@@ -1,4 +1,6 @@
-"""The soak: hours of everything at once, from outside. `python tests/soak.py --minutes N [--seed S]`; needs root.
+"""The soak: hours of everything at once, from outside.
+
+`python tests/soak.py --minutes N [--seed S] [--io psync|io_uring]`; needs root.
 
 One process serves a disk by NBD; over it nbdfuse, a loop device, ext4, and fio that verifies what it wrote. Snapshots
 of the frozen file system are taken, pulled by nbdcopy and compared with the disk as it was, broken by targets that may
@@ -29,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import Resources
 from interop_support import COMMAND, MIB, nbdfuse, uri_of
 
+from cbwcore.engines import choose_engine
+
 PARTS = Path(__file__).with_name("soak_parts")
 DISK = 96 * MIB
 LIMIT = 120.0  # seconds after which something that must come counts as a hang
@@ -39,6 +43,10 @@ MOST_SNAPSHOTS = 3
 
 class Failure(Exception):  # noqa: N818
     """What the soak is there to find."""
+
+
+class PullRefused(Failure):
+    """A client was told that it does not get the snapshot, or the rest of it."""
 
 
 class Interrupted(BaseException):
@@ -133,7 +141,8 @@ class Part:
 
 
 class Soak:
-    def __init__(self, minutes, seed, resources, stop):
+    def __init__(self, minutes, seed, io, resources, stop):
+        self.io = io
         self.end = time.monotonic() + minutes * 60
         self.seed = seed
         self.rng = random.Random(seed)
@@ -156,7 +165,7 @@ class Soak:
         with open(self.disk, "wb") as f:
             f.truncate(DISK)
         self.socket = folder / "socket"
-        self.host = Part("host.py", self.disk, self.socket, folder, "auto")
+        self.host = Part("host.py", self.disk, self.socket, folder, self.io)
         self.resources.undo.callback(self.host.close)
         self.host.answer(LIMIT)
         fuse = nbdfuse(self.resources, uri_of(self.socket), str(folder / "fuse"))
@@ -258,9 +267,12 @@ class Soak:
         return digest
 
     def pull(self, name, digest):
-        """Its bytes are those of T0, and a whole file system."""
+        """Its bytes are those of T0, and a whole file system; PullRefused where there is no copy at all."""
         image = self.pulls / name
-        command("nbdcopy", uri_of(self.socket, name), image)
+        done = command("nbdcopy", uri_of(self.socket, name), image, status=None)
+        if done.returncode:
+            image.unlink(missing_ok=True)
+            raise PullRefused(f"snapshot {name} cannot be pulled: {done.stderr}")
         if sha256(image) != digest:
             raise Failure(f"snapshot {name} is not the disk at T0; see {self.keep(image)}")
         if self.rng.random() < 0.3:
@@ -302,16 +314,13 @@ class Soak:
                 self.drop(name, broken=small)
 
     def use(self, name, there):
+        """A snapshot that breaks is refused from then on (R7); what was copied whole is T0, broken meanwhile or not."""
         digest, may_break = there[name]
-        if not may_break:
-            self.pull(name, digest)
-            return
         try:
             self.pull(name, digest)
-        except Failure:
-            if self.host.ask(do="state", name=name)["state"] != "broken":
+        except PullRefused:
+            if not may_break or self.host.ask(do="state", name=name)["state"] != "broken":
                 raise
-            (self.pulls / name).unlink(missing_ok=True)
             self.counts["broken"] += 1
             self.drop(name, broken=True)
             del there[name]
@@ -391,7 +400,7 @@ class Soak:
         self.jobs.end()
 
     def check_done(self):
-        idle = [what for what in ("taken", "pulled", "dropped", "served", "fio") if not self.counts[what]]
+        idle = [what for what, count in self.counts.items() if not count]
         if idle or not {"full", "incremental", "restored"} <= self.backups.keys():
             raise Failure(f"it has done too little: {self.counts}, {self.backups}")
 
@@ -431,9 +440,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--io", choices=["psync", "io_uring"], help="the server's engine (default: by the seed)")
     args = parser.parse_args()
     seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
-    print(f"soak: {args.minutes} minutes, --seed {seed}", flush=True)
+    io = args.io or random.Random(seed).choice(["psync", choose_engine("auto", direct=True)[0]])
+    print(f"soak: {args.minutes} minutes, --seed {seed} --io {io}", flush=True)
     needed = ("fio", "nbdfuse", "nbdcopy", "mkfs.ext4", "fsfreeze", "e2fsck", "fusermount3", "losetup")
     missing = [name for name in needed if shutil.which(name) is None]
     if missing or os.geteuid():
@@ -447,13 +458,13 @@ def main():
     threading.Thread(target=lambda: (signal.sigwait([signal.SIGINT]), stop.set()), daemon=True).start()
     resources = Resources()
     try:
-        soak = Soak(args.minutes, seed, resources, stop)
+        soak = Soak(args.minutes, seed, io, resources, stop)
         soak.run()
     except Interrupted:
         print("soak: stopped", file=sys.stderr)
         return 130
     except (Failure, RuntimeError, AssertionError) as e:
-        print(f"soak: FAILED, --seed {seed}: {e}", file=sys.stderr)
+        print(f"soak: FAILED, --seed {seed} --io {io}: {e}", file=sys.stderr)
         return 1
     finally:
         resources.close()
