@@ -19,6 +19,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from tls_support import make_tls_dir
 
 import cbwcore
 from cbwcore._cbwcore import FaultPlan
@@ -78,8 +79,7 @@ SLOW = [
     "unit/test_cli.py",
     "unit/test_cli_backup.py",
     "unit/test_cli_bitmap.py",
-    "unit/test_nbd_handshake.py",
-    "unit/test_nbd_server.py",
+    "unit/nbd",
     "unit/test_serve.py",
 ]
 
@@ -383,6 +383,12 @@ def make_image(place: Path) -> Callable[..., str]:
 def pattern(size: int, seed: int = 1) -> bytes:
     """Bytes without a zero among them, so that lost data never looks like a hole."""
     return random.Random(seed).randbytes(size).replace(b"\0", b"\1")
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with an authority, a server's certificate and a client's, under the names that all programs use."""
+    return make_tls_dir(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture

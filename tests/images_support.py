@@ -2,24 +2,17 @@
 
 import json
 import random
-import shutil
 import subprocess
 import time
 import uuid
 
-import pytest
+from programs_support import need
 
 from cbwcore._cbwcore import zero_units
 from cbwcore.images.manifest import BackupFacts, BitmapUse, Source, iso_time
 from cbwcore.images.output import open_output
 
 UNIT = 65536
-
-
-def need(program):
-    """Skip, or in CI fail, where ``program`` is missing."""
-    if shutil.which(program) is None:
-        pytest.skip(f"{program} is not installed")
 
 
 def qemu_img(*arguments, status=0, timeout=60):

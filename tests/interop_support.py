@@ -3,11 +3,9 @@ programs with deadlines, disks whose every byte is known."""
 
 import functools
 import hashlib
-import json
 import os
 import random
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from programs_support import run, run_json
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -35,37 +34,12 @@ def uri_of(socket, name="disk", certificates=None):
 # ---- programs ----
 
 
-def need(*names):
-    """Skip the test where one of these programs is missing (CI makes a failure of it)."""
-    missing = [name for name in names if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"there is no {', '.join(missing)}")
-
-
 def need_libnbd_python():
     """The system's Python with libnbd's package, which a virtual environment cannot have; skips where there is none."""
     python = "/usr/bin/python3"
     if not os.path.exists(python) or run(python, "-c", "import nbd", status=None).returncode:
         pytest.skip("the system's Python has no libnbd (python3-libnbd)")
     return python
-
-
-def run(*command, status=0, timeout=60, stdin=None, text=True, cwd=None):
-    """Run a program to its end: it must exit with ``status`` (None: any) in time; what it was, with its output."""
-    command = [str(c) for c in command]
-    try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=text, timeout=timeout, cwd=cwd)
-    except subprocess.TimeoutExpired as e:
-        pytest.fail(f"hangs for {timeout} s: {command}\n{e.stdout!r}\n{e.stderr!r}")
-    assert status is None or done.returncode == status, (
-        f"exit {done.returncode}: {command}\n{done.stdout}\n{done.stderr}"
-    )
-    return done
-
-
-def run_json(*command, **options):
-    """What a program prints as JSON."""
-    return json.loads(run(*command, **options).stdout)
 
 
 class Background:

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from backup_support import CHUNK, ONE_AT_A_TIME, UNIT, overwrite
 from engine_support import file_bytes, until
-from interop_support import need
+from programs_support import need
 
 import cbwcore
 from cbwcore import DirtyBitmap

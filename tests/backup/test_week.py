@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from backup_support import CHUNK, UNIT
 from engine_support import file_bytes
-from interop_support import need
+from programs_support import need
 
 import cbwcore
 from cbwcore.errors import StateError

@@ -39,8 +39,8 @@ echo "import cbwcore_coverage" >"$(echo "$work"/venv/lib/python*/site-packages)/
 first=(tests/rules tests/faults tests/storage/test_late_copies.py tests/nbd/test_errors.py tests/nbd/test_transmission.py)
 second=(tests/unit/test_bad_input.py tests/unit/test_bench.py tests/unit/test_bitmap_store.py tests/unit/test_bitmaps.py
     tests/unit/test_core.py tests/unit/test_disk.py tests/unit/test_engines.py tests/unit/test_limits.py
-    tests/unit/test_nbd_server.py tests/unit/test_snapshot.py tests/unit/test_switches.py tests/model/test_bitmap.py
-    tests/concurrency/test_close.py tests/concurrency/test_nbd_loop.py tests/nbd/test_block_status.py
+    tests/unit/nbd/test_{ends,listening,server,server_tls}.py tests/unit/test_snapshot.py tests/unit/test_switches.py
+    tests/model/test_bitmap.py tests/concurrency/test_close.py tests/concurrency/test_nbd_loop.py tests/nbd/test_block_status.py
     tests/nbd/test_limits.py tests/nbd/test_waiting.py tests/storage/test_matrix.py::test_zeroes_and_discards_are_guest_writes)
 run() { "$work/venv/bin/python" -m pytest -q -p no:cacheprovider "$@"; }
 status=0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from engine_support import Rig
-from interop_support import need
+from programs_support import need
 
 import cbwcore
 from cbwcore.engines import choose_engine

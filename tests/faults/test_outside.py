@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from engine_support import CLUSTER, G, S, assert_broken, assert_refused, file_bytes, pattern, until
-from interop_support import LIMIT, listens, nbdfuse, need, stop_process
+from interop_support import LIMIT, listens, nbdfuse, stop_process
+from programs_support import need
 
 import cbwcore
 from cbwcore.engines import choose_engine

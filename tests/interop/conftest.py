@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import interop_support
+import programs_support
 import pytest
 
 import cbwcore
@@ -15,13 +16,13 @@ ENGINE = os.environ.get("CBWCORE_TEST_IO")  # as in tests/conftest.py
 @pytest.fixture
 def program():
     """``program(*names)`` skips where one of them is missing."""
-    return interop_support.need
+    return programs_support.need
 
 
 @pytest.fixture
 def run():
     """``run(*command, status=0, timeout=60, stdin=None)``: a program that must end in time with that exit status."""
-    return interop_support.run
+    return programs_support.run
 
 
 @pytest.fixture
@@ -94,26 +95,6 @@ def host(place):
     finally:
         for one in reversed(hosts):
             one.close()
-
-
-CERTIFICATE = """
-openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=localhost -keyout {0}-key.pem -out {0}.req
-openssl x509 -req -days 2 -in {0}.req -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -extfile names -out {0}-cert.pem
-"""
-
-
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory):
-    """A directory with an authority, a server's certificate and a client's, under the names that all programs use."""
-    interop_support.need("openssl")
-    folder = tmp_path_factory.mktemp("certificates")
-    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    authority = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=ca"
-    commands = [f"{authority} -keyout ca-key.pem -out ca-cert.pem"]
-    commands += [line for who in ("server", "client") for line in CERTIFICATE.format(who).strip().splitlines()]
-    for command in commands:
-        interop_support.run(*command.split(), cwd=folder)
-    return folder
 
 
 @pytest.fixture

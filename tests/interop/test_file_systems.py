@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from interop_support import KIB, LIMIT, MIB, nbdfuse, run, sha256
+from interop_support import KIB, LIMIT, MIB, nbdfuse, sha256
+from programs_support import run
 
 KINDS = {"ext4": 64 * MIB, "xfs": 320 * MIB}  # 300 MiB is the least for xfs
 CHECKS = {"ext4": ["e2fsck", "-f", "-n"], "xfs": ["xfs_repair", "-n", "-f"]}

@@ -12,9 +12,9 @@ from interop_support import (
     nbd_map,
     nbd_status,
     pattern,
-    run_json,
     status_runs,
 )
+from programs_support import run_json
 
 from cbwcore.nbd import NbdLimits
 

@@ -15,10 +15,10 @@ from interop_support import (
     mixed,
     nbd_status,
     pattern,
-    run_json,
     status_runs,
     uri_of,
 )
+from programs_support import run_json
 
 
 @pytest.fixture(autouse=True)

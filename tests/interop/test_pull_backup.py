@@ -5,7 +5,8 @@ import shutil
 import threading
 
 import pytest
-from interop_support import CLUSTER, MIB, joined, mixed, nbd_map, need_libnbd_python, run_json
+from interop_support import CLUSTER, MIB, joined, mixed, nbd_map, need_libnbd_python
+from programs_support import run_json
 
 from cbwcore.errors import JobCancelledError
 

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from interop_support import CLUSTER, KIB, MIB, ODD, assert_same, assert_status, joined, mixed, pattern, run_json
+from interop_support import CLUSTER, KIB, MIB, ODD, assert_same, assert_status, joined, mixed, pattern
+from programs_support import run_json
 
 SECTOR = 512
 

@@ -13,7 +13,8 @@ import time
 
 import interop_sources as sources
 import pytest
-from interop_support import KIB, MIB, assert_same, mixed, run, sha256
+from interop_support import KIB, MIB, assert_same, mixed, sha256
+from programs_support import run
 
 SIZE = 32 * MIB
 BLOCK = 4 * KIB  # what writes and discards are multiples of

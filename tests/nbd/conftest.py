@@ -126,40 +126,22 @@ def structured(request):
 
 # ---- TLS ----
 
-CERTIFICATES = """
-openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=authority
-  -keyout ca-key.pem -out ca-cert.pem
-openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost
-  -keyout {0}-key.pem -out {0}.req
-openssl x509 -req -days 2 -in {0}.req -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -out {0}-cert.pem
-"""
-
-
-@pytest.fixture(scope="session")
-def tls_folder(tmp_path_factory):
-    """An authority, and what it gave to a server and a client."""
-    folder = tmp_path_factory.mktemp("tls")
-    authority, *certificate = CERTIFICATES.strip().replace("\n  ", " ").splitlines()
-    for command in [authority, *(line.format(who) for who in ("server", "client") for line in certificate)]:
-        subprocess.run(command.split(), cwd=folder, capture_output=True, check=True, timeout=60)
-    return folder
-
 
 @pytest.fixture
-def tls_client(tls_folder):
+def tls_client(certificates):
     """The context of a client with a certificate."""
-    context = ssl.create_default_context(cafile=tls_folder / "ca-cert.pem")
+    context = ssl.create_default_context(cafile=certificates / "ca-cert.pem")
     context.check_hostname = False
-    context.load_cert_chain(tls_folder / "client-cert.pem", tls_folder / "client-key.pem")
+    context.load_cert_chain(certificates / "client-cert.pem", certificates / "client-key.pem")
     return context
 
 
 @pytest.fixture
-def tls_host(host, tls_folder):
+def tls_host(host, certificates):
     """``tls_host(required=...)``: (host, a server with TLS that exports `disk`)."""
 
     def tls_host(*, required):
-        server = host.serve(tls=TlsConfig(tls_folder, required=required))
+        server = host.serve(tls=TlsConfig(certificates, required=required))
         host.disk(server=server)
         return host, server
 

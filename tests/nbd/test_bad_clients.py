@@ -299,7 +299,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.__name__)
-def test_the_guests_are_not_held_up_by_a_client_that(host, bad, rng, tls_folder, tls_client):
+def test_the_guests_are_not_held_up_by_a_client_that(host, bad, rng, certificates, tls_client):
     """On the same server, with the same exports: one request at a time, many with copies, and under TLS."""
 
     def guests(side):
@@ -307,7 +307,9 @@ def test_the_guests_are_not_held_up_by_a_client_that(host, bad, rng, tls_folder,
         assert tls.go("disk").error == 0
         return {"small": SmallRequests(side.open()), "deep": DeepWrites(side.open()), "TLS": SmallRequests(tls)}
 
-    assert_unhurt(host, bad, rng, 16 * MIB, guests, bytes_in_flight=64 * MIB, tls=TlsConfig(tls_folder, required=False))
+    assert_unhurt(
+        host, bad, rng, 16 * MIB, guests, bytes_in_flight=64 * MIB, tls=TlsConfig(certificates, required=False)
+    )
 
 
 def stalls_in_payloads_as_large_as_can_be(host, server, rng):

@@ -606,9 +606,9 @@ def test_after_starttls_there_is_no_way_back(tls_host):
     host.ended(server)
 
 
-def test_a_client_without_a_certificate_is_not_served(tls_host, tls_folder):
+def test_a_client_without_a_certificate_is_not_served(tls_host, certificates):
     host, server = tls_host(required=True)
-    anonymous = ssl.create_default_context(cafile=tls_folder / "ca-cert.pem")
+    anonymous = ssl.create_default_context(cafile=certificates / "ca-cert.pem")
     anonymous.check_hostname = False
     client = host.hello(server)
     with pytest.raises((Disconnected, ssl.SSLError, ConnectionError)):

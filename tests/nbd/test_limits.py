@@ -224,14 +224,14 @@ def test_a_client_that_reads_slowly_gets_all_of_it(host, structured):
 # ---- the same under TLS ----
 
 
-def tls_limited(host, tls_folder, content=4 * CLUSTER, **limits):
-    server = host.serve(tls=TlsConfig(tls_folder, required=True), **limits)
+def tls_limited(host, certificates, content=4 * CLUSTER, **limits):
+    server = host.serve(tls=TlsConfig(certificates, required=True), **limits)
     return server, host.disk(content, server=server)
 
 
 @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01", b"\x16\x03\x01\x40\x00\x01"])
-def test_a_tls_handshake_that_stops_is_ended_by_the_deadline(host, tls_folder, sent):
-    server, _ = tls_limited(host, tls_folder, handshake_seconds=STALL)
+def test_a_tls_handshake_that_stops_is_ended_by_the_deadline(host, certificates, sent):
+    server, _ = tls_limited(host, certificates, handshake_seconds=STALL)
     client = host.hello(server)
     assert client.option(nbd.STARTTLS).error == 0
     client.send(sent)
@@ -241,8 +241,8 @@ def test_a_tls_handshake_that_stops_is_ended_by_the_deadline(host, tls_folder, s
     host.ended(server)
 
 
-def test_a_payload_that_stops_under_tls_is_dropped_and_nothing_is_done(host, tls_folder, tls_client):
-    server, disk = tls_limited(host, tls_folder, stall_seconds=STALL)
+def test_a_payload_that_stops_under_tls_is_dropped_and_nothing_is_done(host, certificates, tls_client):
+    server, disk = tls_limited(host, certificates, stall_seconds=STALL)
     for part in (13, 28, 1000, 2 * CLUSTER):
         client = host.hello(server).starttls(tls_client)
         assert client.go("disk").error == 0
@@ -254,16 +254,16 @@ def test_a_payload_that_stops_under_tls_is_dropped_and_nothing_is_done(host, tls
     assert file_bytes(disk.path) == disk.t0
 
 
-def test_a_client_that_never_reads_under_tls_is_dropped(host, tls_folder, tls_client):
-    server, _ = tls_limited(host, tls_folder, pattern(MIB), stall_seconds=STALL)
+def test_a_client_that_never_reads_under_tls_is_dropped(host, certificates, tls_client):
+    server, _ = tls_limited(host, certificates, pattern(MIB), stall_seconds=STALL)
     client = host.hello(server).starttls(tls_client)
     assert client.go("disk").error == 0
     client.send(b"".join(nbd.header(nbd.READ, 0, MIB, handle=n) for n in range(64)))
     host.ended(server)
 
 
-def test_between_requests_a_client_may_be_idle_under_tls(host, tls_folder, tls_client):
-    server, disk = tls_limited(host, tls_folder, stall_seconds=STALL)
+def test_between_requests_a_client_may_be_idle_under_tls(host, certificates, tls_client):
+    server, disk = tls_limited(host, certificates, stall_seconds=STALL)
     idle, stalled = [host.hello(server).starttls(tls_client) for _ in range(2)]
     assert idle.go("disk").error == stalled.go("disk").error == 0
     assert idle.read(0, 9) == disk.t0[:9]

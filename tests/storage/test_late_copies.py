@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from engine_support import until
-from interop_support import LIMIT, MIB, listens, nbdfuse, need, pattern, stop_process
+from interop_support import LIMIT, MIB, listens, nbdfuse, pattern, stop_process
+from programs_support import need
 
 import cbwcore
 

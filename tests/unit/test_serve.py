@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ import nbd_protocol as nbd
 import pytest
 from engine_support import CLUSTER, LIMIT, pattern, until
 from nbd_support import Client, Disconnected
+from programs_support import need
 
 import cbwcore
 from cbwcore.cli.arguments import parse_seconds, parse_size
@@ -120,12 +120,6 @@ def one_line(err):
     assert err.endswith("\n")
     assert "Traceback" not in err
     return err.rstrip("\n")
-
-
-def need(program):
-    """Skip where it is missing (CI makes a failure of it)."""
-    if shutil.which(program) is None:
-        pytest.skip(f"there is no {program}")
 
 
 def is_free(image):
@@ -828,27 +822,6 @@ def test_a_client_that_breaks_the_protocol_is_told_of_in_one_line(serve, image, 
     first, second = err.splitlines()
     assert "dropped in the handshake: bad magic" in first
     assert "export 'disk': bad magic" in second
-
-
-def openssl(home, *arguments):
-    done = subprocess.run(["openssl", *arguments], cwd=home, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    """A directory with an authority, and one certificate for server and client."""
-    need("openssl")
-    home = tmp_path_factory.mktemp("tls")
-    new = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    openssl(home, *new, "-x509", "-days", "2", "-subj", "/CN=ca", "-keyout", "ca-key.pem", "-out", "ca-cert.pem")
-    openssl(home, *new, "-subj", "/CN=localhost", "-keyout", "server-key.pem", "-out", "server.req")
-    (home / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    signing = ["-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-CAcreateserial", "-extfile", "names"]
-    openssl(home, "x509", "-req", "-days", "2", "-in", "server.req", *signing, "-out", "server-cert.pem")
-    for kind in ("cert", "key"):
-        shutil.copy(home / f"server-{kind}.pem", home / f"client-{kind}.pem")
-    return home
 
 
 def test_tls(serve, image, certificates):
