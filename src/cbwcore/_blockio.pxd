@@ -351,12 +351,20 @@ cdef inline int blk_read_cached(blk *b, void *buf, uint64_t n, uint64_t off) noe
     return 0
 
 
+cdef inline int64_t seek(blk *b, uint64_t off, int whence) noexcept nogil:
+    """What lseek() says once nothing interrupts it, as a signal does that meets a FUSE or network file system (R12)."""
+    cdef int64_t rc = -EINTR
+    while try_again(rc):
+        rc = b.ops.seek(b, off, whence)
+    return rc
+
+
 cdef inline int blk_check_size(blk *b) noexcept nogil:
     """-EIO, from then on, where the file has become smaller than it was when opened (R12)."""
     cdef int64_t size
     if load_acquire(&b.cut):
         return -EIO
-    size = b.ops.seek(b, 0, SEEK_END)
+    size = seek(b, 0, SEEK_END)
     if size < 0:
         return <int>size
     if <uint64_t>size >= b.size:
@@ -532,7 +540,7 @@ cdef inline int blk_flush(blk *b) noexcept nogil:
 cdef inline int blk_next_data(blk *b, uint64_t off, uint64_t end, uint64_t *data) noexcept nogil:
     """Where in [off, end) the first byte is that the file system does not know to be in a hole; `end`: all of it is, and
     reads as zeroes. What the file system cannot tell counts as data. 0 or -errno."""
-    cdef int64_t pos = -EINVAL if b.is_device else b.ops.seek(b, off, SEEK_DATA)
+    cdef int64_t pos = -EINVAL if b.is_device else seek(b, off, SEEK_DATA)
     data[0] = off
     if pos == -ENXIO or pos > <int64_t>off:
         data[0] = end if pos < 0 else least(<uint64_t>pos, end)
@@ -553,7 +561,7 @@ cdef inline int64_t blk_extent(blk *b, uint64_t off, uint64_t end, bint *hole) n
         return pos if pos < 0 else <int64_t>data
     if b.is_device:
         return <int64_t>end
-    pos = b.ops.seek(b, off, SEEK_HOLE)
+    pos = seek(b, off, SEEK_HOLE)
     if pos == -EINVAL or pos == -EOPNOTSUPP or (pos >= 0 and pos <= <int64_t>off):
         return <int64_t>end
     if pos < 0 and pos != -ENXIO:

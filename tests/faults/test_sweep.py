@@ -4,7 +4,7 @@ A run fails one call (or all from one on), cuts one short, or kills the process 
 got, the disk's bytes, the snapshot, the backups, the bitmap and what is left behind. See tests/faults/sweep.
 
 By default each call of the workload meets one failure, which one is the seed's to say. CBWCORE_SWEEP=whole runs all of
-them (an hour and more), CBWCORE_SWEEP="psync/buffered/G process write 12 EIO once" that one case, as a failure prints
+them (about an hour), CBWCORE_SWEEP="psync/buffered/G process write 12 EIO once" that one case, as a failure prints
 it."""
 
 import itertools

@@ -208,7 +208,7 @@ def test_r12_interrupted_calls_are_unseen(rig, code):
     target.write_bytes(b"\xff" * disk.size)
     snap = rig.snapshot(disk, target)
     for plan in (rig.plan(disk), rig.plan(snap)):
-        for op in ("pread", "pwrite", "zero", "discard", "flush"):
+        for op in ("pread", "pwrite", "zero", "discard", "flush", "seek"):
             plan.error(op, code, times=2)
             plan.error(op, code, skip=3, times=1)
     everything(disk, snap)

@@ -2,7 +2,7 @@
 their T0, also after this process was killed. It prints a line for each thing done; end of file on stdin ends it.
 
 At each start it takes over the disk, its bitmap and the chain that it finds: `state.json` names the backups that were
-acknowledged; the copy of the disk at the T0 of the last of them is `t0`."""
+acknowledged; the copy of the disk at the T0 of the last of them, or of one that was begun, is `t0`."""
 
 import contextlib
 import json
@@ -77,6 +77,27 @@ class Chain:
         new.write_text(json.dumps(self.names))
         os.replace(new, self.folder / "state.json")
 
+    def take_over(self, since):
+        """What was made, and not noted, when the process was killed. The one that the bitmap records since succeeded:
+        it must be whole, with the last T0. The others go."""
+        for path in self.folder.glob("backup-*.qcow2"):
+            if path.name not in self.names and self.is_whole(path, since):
+                cbwcore.restore(path, self.folder / "restored", overwrite=True, verify=True)
+                compare(self.folder / "restored", self.folder / "t0")
+                self.add(path.name)
+                say("taken over")
+        for path in self.folder.glob("backup-*"):
+            if path.name.removesuffix(".cbw.json") not in self.names:
+                path.unlink()
+
+    @staticmethod
+    def is_whole(path, backup):
+        """Whether there is that backup."""
+        try:
+            return cbwcore.verify_backup(path).chain[0].id == backup
+        except cbwcore.StateError:
+            return False
+
     def clear(self):
         """A new chain begins when its full backup is acknowledged; the old one is not needed any more."""
         for name in self.names:
@@ -134,6 +155,7 @@ def main():
                 disk.bitmaps.add("b", persistent=True)
             if disk.bitmaps["b"].inconsistent is not None:
                 raise AssertionError(disk.bitmaps["b"].inconsistent)
+            chain.take_over(disk.bitmaps["b"].since)
             guests = Guests(disk, rng.random())
             try:
                 for _ in range(rng.randrange(1, 6)):

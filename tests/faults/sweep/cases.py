@@ -71,6 +71,18 @@ class Case(NamedTuple):
             [str(self.config), self.place, self.kind, str(self.nth), self.action or "-", "once" if self.once else "on"]
         )
 
+    @property
+    def is_unseen(self) -> bool:
+        """Whether nobody may hear of it (R12): the call is made again, or the rest of it."""
+        if self.place in TABLES:
+            return self.action in UNSEEN
+        return self.kind in ("read", "write") and self.action in ("EINTR", "short")
+
+    @property
+    def must_hit(self) -> bool:
+        """Whether the call is there in each run. How many threads and buffers are needed is for the clock to say."""
+        return bool(self.action) and self.kind not in ("malloc", "thread")
+
     @classmethod
     def parse(cls, text: str) -> Case:
         config, place, kind, nth, action, times = text.split()

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CONFIGS, Case, counting
 from judge import Left, descriptors, judge, judge_process
-from workload import Run, make_disk, unseen
+from workload import Run, check, make_disk, unseen
 
 HANG = 20.0  # seconds
 
@@ -37,6 +37,8 @@ def run_case(home: Path, case: Case) -> dict[str, object]:
         run.run()
     finally:
         run.end_faults()
+    check(run.was_hit() or not case.must_hit, "the call that was to fail was not made")
+    check(case.action != "kill" or not case.must_hit, "it was to be killed, and was not")
     seen = run.seen()
     errors = list(run.errors)
     gc.collect()

@@ -79,6 +79,14 @@ def part_of(after: bytes, before: bytes, wanted: bytes, what: str) -> None:
         check(not bad, f"{what}: at {bad[:1]} it is neither as before nor as was written")
 
 
+def errnos(error: BaseException | None) -> Iterator[int]:
+    """Of an error and what it came from."""
+    while error is not None:
+        if isinstance(error, OSError):
+            yield error.errno
+        error = error.__cause__
+
+
 class Journal:
     """What was begun and what was acknowledged, for the judge of a run that is killed."""
 
@@ -152,6 +160,12 @@ class Run:
                 found[f"{place} {op}"] = len(plan.calls(op))
         return {key: count for key, count in found.items() if count}
 
+    def was_hit(self) -> bool:
+        """Whether the fault has come to pass."""
+        if self.case.place in TABLES:
+            return len(self.plans[self.case.place].calls(self.case.kind)) > self.case.nth
+        return bool(LIBRARY.sweep_hits())
+
     def end_faults(self) -> None:
         LIBRARY.sweep_off()
         for plan in self.plans.values():
@@ -185,6 +199,9 @@ class Run:
     def note_error(self, name: str, error: BaseException) -> None:
         check(self.case.action, f"{name}: {error!r} though nothing was made to fail")
         check(str(error), f"{name}: {error!r} does not say why")
+        check(not self.case.is_unseen, f"{name}: {error!r}, which is to be tried again (R12)")
+        if self.case.place in TABLES:
+            check(getattr(errno, self.case.action) in errnos(error), f"{name}: {error!r} does not tell the errno")
         self.errors.append(f"{name}: {type(error).__name__}: {error}")
         if isinstance(error, cbwcore.CopyBeforeWriteError):
             check(self.config.policy == "G", f"{name}: refused by {error!r} under break-snapshot")
@@ -302,9 +319,6 @@ class Run:
     @contextlib.contextmanager
     def no_faults(self) -> Iterator[None]:
         """Of the I/O table; what their rules count goes on where it was."""
-        if self.case.place not in TABLES:
-            yield
-            return
         for thing in (self.disk, self.snap):
             thing._inject(None)
         yield
