@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -70,6 +71,13 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+class Usage(NamedTuple):
+    memory: int  # resident bytes
+    descriptors: int  # but for rings
+    rings: int
+    threads: int
+
+
 class Part:
     """A process that answers by lines of JSON."""
 
@@ -110,14 +118,16 @@ class Part:
         return self.errors.read().decode(errors="replace")
 
     def usage(self):
-        """(resident bytes, descriptors, threads)."""
-        process = f"/proc/{self.process.pid}"
-        status = dict(line.split(":", 1) for line in Path(process, "status").read_text().splitlines())
-        return (
-            int(status["VmRSS"].split()[0]) * 1024,
-            len(os.listdir(f"{process}/fd")),
-            int(status["Threads"]),
-        )
+        """Now, of /proc."""
+        process = Path(f"/proc/{self.process.pid}")
+        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        open_files = []
+        for descriptor in os.listdir(process / "fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                open_files.append(os.readlink(process / "fd" / descriptor))
+        rings = open_files.count("anon_inode:[io_uring]")
+        memory = int(status["VmRSS"].split()[0]) * 1024
+        return Usage(memory, len(open_files) - rings, rings, int(status["Threads"]))
 
     def kill(self):
         self.process.kill()
@@ -405,31 +415,31 @@ class Soak:
             raise Failure(f"it has done too little: {self.counts}, {self.backups}")
 
     def check_growth(self, before):
-        """Memory and threads do not go on growing (the server keeps the threads that it once needed); descriptors are
-        what they were without snapshots."""
+        """Memory, threads and rings do not go on growing (the server keeps those that it once needed); other
+        descriptors are what they were without snapshots."""
         for who, samples in self.samples.items():
             quarter = max(1, len(samples) // 4)
-            for figure, name, slack in ((0, "bytes of memory", MEMORY_SLACK), (2, "threads", THREAD_SLACK)):
-                early = max(sample[figure] for sample in samples[quarter : 2 * quarter + 1])
-                late = max(sample[figure] for sample in samples[-quarter:])
+            for figure, slack in (("memory", MEMORY_SLACK), ("threads", THREAD_SLACK), ("rings", THREAD_SLACK)):
+                early = max(getattr(sample, figure) for sample in samples[quarter : 2 * quarter + 1])
+                late = max(getattr(sample, figure) for sample in samples[-quarter:])
                 if late > early + slack:
-                    raise Failure(f"{who} has grown from {early} to {late} {name}")
+                    raise Failure(f"{who} has grown: {figure} from {early} to {late}")
         end = time.monotonic() + 20
-        while (after := self.host.usage())[1] > before[1]:
+        while (after := self.host.usage()).descriptors > before.descriptors:
             if time.monotonic() > end:
-                raise Failure(f"{after[1]} descriptors in the end, {before[1]} at the beginning")
+                raise Failure(f"{after.descriptors} descriptors in the end, {before.descriptors} at the beginning")
             time.sleep(0.2)
 
     def print_row(self):
         if not self.samples["host"]:
-            columns = ("s", "MiB", "fds", "threads", "MiB/job", "p50 ms", "p99 ms", "max ms", "wait ms", "done")
-            print(" ".join(f"{column:>7}" for column in columns), flush=True)
+            columns = ("s", "MiB", "fds", "rings", "threads", "MiB/job", "p50 ms", "p99 ms", "max ms", "wait ms")
+            print(" ".join(f"{column:>7}" for column in columns), "done", flush=True)
             return
-        memory, fds, threads = self.samples["host"][-1]
-        jobs = self.samples["backups"][-1][0] if self.samples["backups"] else 0
+        memory, *counts = self.samples["host"][-1]
+        jobs = self.samples["backups"][-1].memory if self.samples["backups"] else 0
         times = self.latencies[-1] if self.latencies else (0, 0, 0)
         most = max((each[2] for each in self.latencies), default=0)
-        figures = [time.monotonic() - self.began, memory / MIB, fds, threads, jobs / MIB, *times[:2], most]
+        figures = [time.monotonic() - self.began, memory / MIB, *counts, jobs / MIB, *times[:2], most]
         figures.append(self.longest_wait * 1000)
         done = ", ".join(f"{count} {what}" for what, count in {**self.counts, **self.backups}.items() if count)
         print(" ".join(f"{figure:7.1f}" if isinstance(figure, float) else f"{figure:7}" for figure in figures), done)

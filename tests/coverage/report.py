@@ -7,7 +7,7 @@ The core is one C file; Cython's #line directives let gcov speak of the lines of
 * each statement of a function that no code was generated for at all: Cython and the compiler drop what nobody calls,
   and what nobody calls has no test.
 
-Lines that did not run must be in unreached.toml, by their text, with a reason.
+Lines that did not run are told, unless unreached.toml has them, by their text, with a reason.
 """
 
 import gzip
