@@ -148,6 +148,11 @@ cdef object os_error(int64_t rc, object path):
     return OSError(code, os.strerror(code), path)
 
 
+cdef object thread_error(int rc):
+    """Of snapshot_set_timeout(): EAGAIN alone would not say what there is none of."""
+    return OSError(-rc, f"no helper thread for cbw_timeout: {os.strerror(-rc)}")
+
+
 def dio_alignment(int fd):
     """(memory, offset) alignment in bytes that O_DIRECT needs on ``fd``, from statx STATX_DIOALIGN: offset 0 where the file
     has no O_DIRECT, None where the kernel cannot tell."""
@@ -666,7 +671,7 @@ cdef class SnapshotCore:
             raise ConfigError(f"the copy buffers, {POOL.limit} bytes, are all in use or set aside for other snapshots")
         rc = snapshot_set_timeout(self.s, timeout_ns)
         if rc < 0:
-            raise os_error(rc, None)
+            raise thread_error(rc)
 
     def _begin_scope(self, bint recorded):
         """From here on guest writes are in the scope (``recorded``), so that the bitmap can be copied at leisure."""
@@ -831,7 +836,7 @@ cdef class SnapshotCore:
         cdef int rc = snapshot_set_timeout(s, ns)
         self.done_with(s)
         if rc < 0:
-            raise os_error(rc, None)
+            raise thread_error(rc)
 
     def _counters(self):
         """The figures of stats() as a dict; times in seconds, histogram as (upper bound, count) pairs."""

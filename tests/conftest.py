@@ -19,6 +19,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from engine_support import end_plan
 from tls_support import make_tls_dir
 
 import cbwcore
@@ -406,12 +407,12 @@ def make_disk(make_image: Callable[..., str]) -> Iterator[Callable[..., cbwcore.
 
 @pytest.fixture
 def plan() -> Iterator[FaultPlan]:
-    """A fault plan whose stalled calls go on at the end, also where the test failed."""
+    """A fault plan whose stalled calls go on at the end, also where the test failed; then it is printed."""
     plan = FaultPlan()
     try:
         yield plan
     finally:
-        plan.release()
+        end_plan(plan)
 
 
 # ---- what tests assert ----

@@ -56,6 +56,12 @@ def file_bytes(path, offset=0, length=-1):
         return f.read(length)
 
 
+def end_plan(plan):
+    """Let what is stalled go on, and print what replays the plan: pytest shows it where the test failed."""
+    plan.release()
+    print(f"to replay, release() by release(): {[FaultPlan(text) for text in plan.history]}")
+
+
 class Guest(threading.Thread):
     """One call in a thread of its own, and what became of it."""
 
@@ -140,8 +146,7 @@ class Rig:
 
     def close(self):
         for plan in self.plans:
-            plan.release()
-            print(f"to replay, release() by release(): {[FaultPlan(text) for text in plan.history]}")
+            end_plan(plan)
         closers = [Guest(self._close, disk) for disk in self.disks]
         for thread in self.guests + closers:
             thread.join(LIMIT)

@@ -27,6 +27,9 @@ from cbwcore._geometry cimport least
 from cbwcore._buffers cimport BUFFER_ALIGN
 from cbwcore._spin cimport spin, spin_begin, spin_end, spin_on, spin_places, spin_turn
 
+cdef extern from "<errno.h>" nogil:
+    int ECANCELED               # libc.errno has it not
+
 cdef extern from * nogil:
     """
     #ifdef CBW_LIBURING
@@ -423,12 +426,12 @@ cdef inline int run(ring *r, spin *polls) noexcept nogil:
 cdef inline int64_t ring_io(spin *polls, bint write, int fd, void *buf, uint64_t n, uint64_t off) noexcept nogil:
     """One attempt: bytes, -errno or E_LATE. `polls`: of the file."""
     cdef ring *r = thread_ring()
-    cdef int rc
+    cdef int64_t rc = -ECANCELED
     n = least(n, PIECES * PIECE)
     if r != NULL and r.left and r.write == write and r.fd == fd and r.buf == <char *>buf and r.n == n and r.off == off:
         settle(r)                       # this very request, left by the thread that had the ring before
-        return outcome(r)
-    if r != NULL:
+        rc = outcome(r)
+    elif r != NULL:
         settle(r)
         r.write = write
         r.fd = fd
@@ -439,10 +442,16 @@ cdef inline int64_t ring_io(spin *polls, bint write, int fd, void *buf, uint64_t
         r.got = 0
         rc = run(r, polls)
         if rc == 0:
-            return outcome(r)
-        if rc == E_LATE:
-            return rc
-        ring_lose(r)
+            rc = outcome(r)
+        elif rc != E_LATE:
+            ring_lose(r)
+            rc = -ECANCELED
+    if rc != -ECANCELED:
+        return rc
+    # Nobody has done it. Of ours nothing is ever cancelled: the kernel does it where it can make no thread for a request that
+    # may wait (RLIMIT_NPROC). Nor may this thread wait for it, if it has a deadline.
+    if has_deadline():
+        return E_LATE
     return write_once(fd, buf, n, off) if write else read_once(fd, buf, n, off)
 
 

@@ -1,6 +1,11 @@
 """Fault plans as text: what a failing test prints can be read back, and does the same again."""
 
 import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from engine_support import CLUSTER, assert_refused, assert_t0, ranges
@@ -82,3 +87,47 @@ def test_a_plan_that_was_read_back_does_the_same(rig):
         assert_t0(snap, disk.t0)
         seen.append((str(plan), ranges(plan, "pwrite")))
     assert seen[0] == seen[1]
+
+
+FAILING = """
+from engine_support import rig
+
+
+def test_with_a_plan(plan):
+    plan.error("pwrite", 28, skip=3)
+    plan.release()
+    plan.short("pread", 512)
+    raise AssertionError
+
+
+def test_with_a_rig(rig):
+    plan = rig.plan(rig.disk())
+    plan.error("pwrite", 28, skip=3)
+    plan.release()
+    plan.short("pread", 512)
+    raise AssertionError
+
+
+def test_that_passes(plan):
+    plan.delay("flush", 0.25)
+"""
+
+
+def test_a_test_that_fails_prints_its_plan(tmp_path):
+    (tmp_path / "test_failing.py").write_text(FAILING)
+    tests = str(Path(__file__).parents[1])
+    options = ["-q", "-p", "conftest", "-p", "no:cacheprovider", "--rootdir", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, tmp_path],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "2 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    printed = re.findall(r"to replay, release\(\) by release\(\): (.*)", done.stdout)
+    expected = [FaultPlan("pwrite error ENOSPC skip=3"), FaultPlan("pread short 512")]
+    assert printed == [repr(expected)] * 2, "of the two that failed, and of no other"
+    assert repr(eval(printed[0], {"FaultPlan": FaultPlan})) == repr(expected)

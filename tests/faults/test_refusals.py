@@ -74,20 +74,41 @@ sweep(MEMORY, call)
 cbwcore.Disk(path, io=io).close()
 """,
     "a snapshot is taken": """
-with cbwcore.Disk(path, io=io) as disk:
+with cbwcore.Disk(path, io=io) as disk, disk.snapshot(cluster_size=4096) as old:
+    now, copied = bytearray(T0), []
+
+    def write():
+        copied.append(old.stats().cbw_copies)           # into a cluster that was not written yet
+        disk.pwrite(b"n", 4096 * copied[-1])
+        now[4096 * copied[-1]] = ord("n")
+        assert old.stats().cbw_copies == copied[-1] + 1
+
+    def whole():
+        assert old.state == "armed" and old.pread(16 * C, 0) == T0 and disk.pread(16 * C, 0) == now
+
     def call(name, nth):
         try:
             snap = disk.snapshot(on_cbw_error=policy, cbw_timeout=30)
         except (MemoryError, OSError):
-            assert len(disk.snapshots) == 0
+            assert disk.snapshots == (old,)
+            refuse(name, 0, 1 << 30)                    # and all that come
+            whole()
+            try:
+                write()
+            except cbwcore.CopyBeforeWriteError as e:
+                assert e.errno == errno.ENOMEM
+            whole()
         else:
-            assert snap.pread(C, 0) == T0[:C]
+            assert snap.pread(C, 0) == now[:C]
             snap.close()
 
     sweep(MEMORY, call)
+    write()
+    whole()
+    assert len(set(copied)) > 3, "hardly any write was let through"
     with disk.snapshot() as snap:
-        disk.pwrite(b"n", 0)
-        assert snap.pread(C, 0) == T0[:C]
+        disk.pwrite(b"o", 0)
+        assert snap.pread(C, 0) == now[:C]
 assert copy_buffers()[3] == 0
 """,
     "a timeout is set": """

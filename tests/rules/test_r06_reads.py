@@ -314,6 +314,28 @@ def test_r07_the_cause_is_set_before_the_guest_write_goes_on(rig):
     guest.result()
 
 
+def test_r07_the_cause_is_set_before_a_waiter_goes_on(rig):
+    """Of a write that the break frees: when it is on its way to the disk, the cause can be read."""
+    disk = rig.disk()
+    snap = rig.snapshot(disk, on_cbw_error=S)
+    on_disk, on_target = rig.plan(disk), rig.plan(snap)
+    on_disk.stall("pread", end=CLUSTER, times=1)
+    reader = rig.run(snap.pread, 4096, 0)
+    stalled(on_disk)
+    waiting = rig.run(disk.pwrite, b"!" * 10, 0)
+    frozen_wait(waiting, snap)
+    on_disk.stall("pwrite", end=CLUSTER, times=1)
+    on_target.error("pwrite", errno.EDQUOT)
+    breaking = rig.run(disk.pwrite, NEW, 2 * CLUSTER)
+    stalled(on_disk, 2)
+    assert_broken(snap, errno.EDQUOT, "target-write", 2 * CLUSTER, CLUSTER)
+    on_disk.release()
+    waiting.result()
+    breaking.result()
+    with pytest.raises(cbwcore.SnapshotBrokenError):
+        reader.result()
+
+
 def test_r07_the_first_cause_is_kept(rig):
     disk = rig.disk()
     snap = rig.snapshot(disk, on_cbw_error=S, cbw_timeout=5)

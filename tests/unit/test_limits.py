@@ -11,6 +11,7 @@ import pytest
 import cbwcore
 from cbwcore import limits
 from cbwcore._cbwcore import MAX_SNAPSHOTS, FaultPlan, copy_buffers
+from cbwcore.engines import choose_engine
 
 CLUSTER = 65536
 MIB = 1 << 20
@@ -162,41 +163,92 @@ def descriptors_left(count):
             os.close(fd)
 
 
+class Old:
+    """An armed snapshot that is there before a shortage, and must work in it as ever: keep the old."""
+
+    def __init__(self, disk, target, t0=None):
+        self.disk = disk
+        self.t0 = disk.pread(disk.size, 0) if t0 is None else t0
+        self.snap = disk.snapshot(target)
+
+    def copies_for_a_write_to(self, cluster):
+        """The first one there. T0 is all there afterwards."""
+        copies = self.snap.stats().cbw_copies
+        self.disk.pwrite(b"in a shortage", cluster * CLUSTER + 5)
+        assert self.disk.pread(13, cluster * CLUSTER + 5) == b"in a shortage"
+        stats = self.snap.stats()
+        assert (self.snap.state, stats.cbw_copies, stats.cbw_failures) == ("armed", copies + 1, 0)
+        self.reads_t0()
+
+    def reads_t0(self):
+        assert self.snap.pread(len(self.t0), 0) == self.t0
+
+
 @pytest.mark.parametrize("count", range(4))
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
 @pytest.mark.parametrize("target", ["new", "old", "unnamed"])
 def test_no_descriptors_left_for_a_target(make_disk, make_image, place, unchanged, count, direct, target):
     """Refused with nothing left behind, or taken in full; the tail of an odd size needs a descriptor more."""
     disk = make_disk(3 * CLUSTER + 1, direct=direct)
+    old = Old(disk, place / "target of the old")
     path = {"new": place / "new.img", "old": make_image(3 * CLUSTER + 1, "old.img"), "unnamed": None}[target]
     needed = 2 if direct else 1
     if count >= needed:
         with descriptors_left(count):
+            old.copies_for_a_write_to(0)
             snapshot = disk.snapshot(path)
+            old.copies_for_a_write_to(1)
         snapshot.close()
         return
-    refused = pytest.raises(cbwcore.ConfigError, match=os.strerror(errno.EMFILE))
-    with unchanged(disk), descriptors_left(count), refused:
-        disk.snapshot(path)
+
+    def is_refused():
+        with pytest.raises(cbwcore.ConfigError, match=os.strerror(errno.EMFILE)):
+            disk.snapshot(path)
+
+    with unchanged(disk), descriptors_left(count):
+        is_refused()
+    with descriptors_left(count):
+        old.copies_for_a_write_to(0)
+        is_refused()
+        old.copies_for_a_write_to(2)
     disk.snapshot(path).close()
+    old.copies_for_a_write_to(1)
 
 
 @pytest.mark.parametrize("count", range(2))
-def test_no_descriptors_left_for_a_disk(make_image, unchanged, count):
+def test_no_descriptors_left_for_a_disk(make_image, make_disk, place, unchanged, count):
     path = make_image(3 * CLUSTER + 1)
-    with unchanged(path):
-        with descriptors_left(count), pytest.raises(OSError, match=os.strerror(errno.EMFILE)) as failed:
+    old = Old(make_disk(3 * CLUSTER, "other.img"), place / "target of the old")
+
+    def is_refused():
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)) as failed:
             cbwcore.Disk(path, direct=True)
         assert failed.value.filename == path
+
+    with unchanged(path, old.disk), descriptors_left(count):
+        is_refused()
+    with descriptors_left(count):
+        is_refused()
+        old.copies_for_a_write_to(0)
     cbwcore.Disk(path, direct=True).close()
+    old.copies_for_a_write_to(1)
 
 
 @pytest.mark.parametrize("target", ["new", None])
 def test_a_target_that_may_not_be_so_long_is_refused(make_disk, place, unchanged, target):
     disk = make_disk(3 * CLUSTER)
-    refused = pytest.raises(cbwcore.ConfigError, match=os.strerror(errno.EFBIG))
-    with unchanged(disk), limited(resource.RLIMIT_FSIZE, CLUSTER), refused:
-        disk.snapshot(place / target if target else None)
+    old = Old(disk, place / "target of the old")
+
+    def is_refused():
+        with pytest.raises(cbwcore.ConfigError, match=os.strerror(errno.EFBIG)):
+            disk.snapshot(place / target if target else None)
+
+    with unchanged(disk), limited(resource.RLIMIT_FSIZE, CLUSTER):
+        is_refused()
+    with limited(resource.RLIMIT_FSIZE, CLUSTER):
+        is_refused()
+        old.copies_for_a_write_to(0)  # disk and target are in the limit there
+    old.copies_for_a_write_to(1)
 
 
 def test_a_target_that_may_not_grow_fails_the_write_and_no_more(make_disk, place):
@@ -218,18 +270,23 @@ def memory_pages(which):
         return int(f.read().split()[which])
 
 
-def test_no_address_space_for_the_maps_is_a_memory_error(make_disk, place, unchanged):
-    disk = make_disk(b"")
-    os.truncate(disk.path, 1 << 44)
+def test_no_address_space_for_the_maps_is_a_memory_error(make_disk, place):
+    disk = make_disk(4 * CLUSTER)
+    t0 = disk.pread(disk.size, 0)
     disk.close()
+    os.truncate(disk.path, 1 << 44)
     with cbwcore.Disk(disk.path) as disk:
+        old = Old(disk, place / "target of the old", t0)
         used = memory_pages(0) * 4096
         before = disk.snapshots, sorted(os.listdir(place)), len(os.listdir("/proc/self/fd"))
-        for extra in (0, 600 * MIB, 1200 * MIB):  # 512 MiB a map at 4 KiB clusters
-            with limited(resource.RLIMIT_AS, used + 64 * MIB + extra), pytest.raises(MemoryError):
-                disk.snapshot(place / "target", cluster_size=4096)
+        for cluster, extra in enumerate((0, 600 * MIB, 1200 * MIB)):  # 512 MiB a map at 4 KiB clusters
+            with limited(resource.RLIMIT_AS, used + 64 * MIB + extra):
+                with pytest.raises(MemoryError):
+                    disk.snapshot(place / "target", cluster_size=4096)
+                old.copies_for_a_write_to(cluster)
         assert (disk.snapshots, sorted(os.listdir(place)), len(os.listdir("/proc/self/fd"))) == before
         disk.snapshot(place / "target", cluster_size=4096)
+        old.copies_for_a_write_to(3)
 
 
 def test_arming_a_huge_sparse_disk_costs_no_memory(make_disk):
@@ -243,6 +300,110 @@ def test_arming_a_huge_sparse_disk_costs_no_memory(make_disk):
             disk.pwrite(b"x", (1 << 44) - 1)
             assert memory_pages(1) * 4096 - before < 16 * MIB
             assert snapshot.pread(1, (1 << 44) - 1) == b"\0"
+
+
+# RLIMIT_NPROC does not hold for root: the child becomes a user who may have no thread more than there are.
+NO_THREADS = """
+import errno, os, resource, sys, threading
+import cbwcore
+
+path, io, policy = sys.argv[1:4]
+C, folder, user = 65536, os.path.dirname(path), 54321
+with open(path, "rb") as f:
+    t0 = f.read()
+
+
+def copies_for_writes(*clusters):
+    copies = [snap.stats().cbw_copies for snap in (old, timed)]
+    for c in clusters:
+        disk.pwrite(b"new", c * C + 5)
+        assert disk.pread(3, c * C + 5) == b"new"
+    for snap, before in zip((old, timed), copies):
+        stats = snap.stats()
+        assert (snap.state, stats.cbw_copies, stats.cbw_failures) == ("armed", before + len(clusters), 0)
+        assert snap.pread(len(t0), 0) == t0
+
+
+disk = cbwcore.Disk(path, io=io)
+old = disk.snapshot(on_cbw_error=policy)
+timed = disk.snapshot(on_cbw_error=policy, cbw_timeout=60)      # psync needs a helper thread, and has one from here on
+copies_for_writes(0)
+go, errors = threading.Barrier(5), []
+
+
+def write(part):
+    try:
+        go.wait()
+        for c in range(part * 4, part * 4 + 4):
+            disk.pwrite(b"n" * 4096, c * C)
+    except BaseException as e:
+        errors.append(e)
+
+
+writers = [threading.Thread(target=write, args=(part,), daemon=True) for part in range(1, 5)]
+for writer in writers:
+    writer.start()
+
+hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+resource.setrlimit(resource.RLIMIT_NPROC, (1, hard))
+os.chown(folder, user, user)
+os.setresgid(user, user, 0)
+os.setresuid(user, user, 0)
+try:
+    threading.Thread(target=print).start()
+except RuntimeError:
+    pass
+else:
+    sys.exit("there are threads: this test tests nothing")
+
+before = disk.snapshots, sorted(os.listdir(folder)), len(os.listdir("/proc/self/fd"))
+for target in (os.path.join(folder, "new target"), None):
+    try:
+        disk.snapshot(target, on_cbw_error=policy, cbw_timeout=60)
+    except OSError as e:
+        assert e.errno == errno.EAGAIN and "thread" in str(e), e
+    else:
+        raise AssertionError("a snapshot with a timeout and no helper")
+try:
+    old.cbw_timeout = 60
+except OSError as e:
+    assert e.errno == errno.EAGAIN and "thread" in str(e), e
+else:
+    raise AssertionError
+assert old.cbw_timeout == 0
+assert (disk.snapshots, sorted(os.listdir(folder)), len(os.listdir("/proc/self/fd"))) == before
+
+copies_for_writes(1)
+with disk.snapshot(on_cbw_error=policy) as plain:       # without a timeout nobody needs a thread
+    copies_for_writes(2)
+    assert plain.pread(3, 2 * C + 5) == t0[2 * C + 5 :][:3]
+go.wait()                                               # four writers at once share the one helper
+for writer in writers:
+    writer.join(30)
+assert errors == [] and not any(writer.is_alive() for writer in writers)
+assert disk.pread(16 * C, 4 * C) == b"".join(b"n" * 4096 + t0[c * C + 4096 : (c + 1) * C] for c in range(4, 20))
+copies_for_writes(3)
+
+resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
+old.cbw_timeout = 60
+with disk.snapshot(on_cbw_error=policy, cbw_timeout=60) as late:
+    copies_for_writes(20)
+    assert late.pread(3, 20 * C + 5) == t0[20 * C + 5 :][:3]
+disk.close()
+os.setresuid(0, 0, 0)                                   # so that a coverage run can write its counts at exit
+print("right")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without threads")
+@pytest.mark.parametrize("policy", ["break-guest-write", "break-snapshot"])
+@pytest.mark.parametrize("io", ["psync", "io_uring"])
+def test_no_threads_left(make_image, run_python, io, policy):
+    """A timeout that would need one is refused, and says so; what there is goes on with the one helper that it has."""
+    if choose_engine(io, direct=False)[0] != io:
+        pytest.skip("no io_uring here")
+    done = run_python(NO_THREADS, make_image(21 * CLUSTER), io, policy, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "right\n", "")
 
 
 # ---- the copy budget ----
