@@ -259,10 +259,17 @@ again:
   if :: in -> in = false; goto io :: else fi;           /* 19: it does not look again after its copies */
 #endif
 #if NS == 1                                             /* needs_cbw(): the state, and then the map */
+#ifdef POLICY_S
+  in = state[0] == BROKEN;                              /* R7: whoever begins after the break */
+#endif
+#if MUT == 29
+  if :: need[c] :: else -> goto io fi;                  /* 29: the map alone */
+#else
   if
   :: state[0] == ARMED && linked[0] -> assert(!freed[0]); if :: need[c] :: else -> goto io fi
   :: else -> goto io
   fi;
+#endif
 #else
   in = false;
   s = 0;
@@ -274,6 +281,9 @@ again:
   if :: !in -> goto io :: else fi;
 #endif
   atomic {                                              /* pass_snapshots(): those of now are pinned, then flight is left */
+#if NS == 1 && defined(POLICY_S)
+    assert(!in);                                        /* takes the fast path */
+#endif
     s = 0;
     do
     :: s == NS -> break
@@ -318,7 +328,11 @@ look:
 #if MUT == 2 || MUT == 8
     :: done[I(s, c)] -> need[I(s, c)] = false; goto look                 /* 2: frozen reads are not waited for */
 #else
+#if MUT == 30
+    :: done[I(s, c)] && !held(s, c) -> goto early         /* 30: the disk is written before need is cleared */
+#else
     :: done[I(s, c)] && !held(s, c) -> need[I(s, c)] = false; goto look
+#endif
 #endif
 #if MUT == 7
     :: done[I(s, c)] && held(s, c) -> need[I(s, c)] = false; has_old[w] = false; asleep[w] = 1 + s     /* 7: need is cleared before */
@@ -412,10 +426,13 @@ io:                                                     /* finish_write(): recor
   if :: d == 0 -> d = 1; goto again :: else fi;         /* its next request, to the other disk */
 #endif
   goto end;
-#if MUT == 9 || MUT == 13
+#if MUT == 9 || MUT == 13 || MUT == 30
 early:
   src[D(d, c)] = v;
   atomic {
+#if MUT == 30
+    need[I(s, c)] = false;
+#endif
 #if MUT == 13
     break_snapshot(s);
 #endif
