@@ -7,6 +7,7 @@
  * All of it at once is more than can be searched, so there are cases, each searched exhaustively (tests/model/test_spin.py):
  * who takes part is chosen below. -DPOLICY_S is break-snapshot, else break-guest-write. Without MUT spin finds no violation and
  * no deadlock in any; each MUT takes one ordering away, and spin finds what comes of it in the case that test_spin.py names.
+ * MUT=30 alone shows nothing, and README.md says why.
  *
  * What runs under one lock is one `atomic`; what is outside of any is a step of its own. A condition variable is `asleep`: who
  * waits goes on only when woken, or by its timeout.

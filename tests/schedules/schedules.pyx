@@ -119,7 +119,8 @@ OPERATIONS = {
 SETTINGS = {
     "G": "break-guest-write", "S": "break-snapshot", "0": "no snapshot at first", "1": "one", "2": "two",
     "t": "cbw_timeout, and so helper threads", "h": "cluster 1 is a hole", "o": "targets that are not new",
-    "q": "copies of one cluster, one at a time", "k": "cluster 1 is not in the page cache", "m": "the copy budget is one buffer beside the reserves",
+    "q": "copies of one cluster, one at a time", "k": "cluster 1 is not in the page cache",
+    "m": "the copy budget is one buffer beside the reserves",
 }
 ARMED_BY = {OP_ARM: 1, OP_GROUP: 2, OP_FREEZE: 1, OP_FREEZE_MERGE: 1}       # how many snapshots
 
