@@ -50,7 +50,7 @@ MUTATIONS = [
     (25, "close: the disk not drained", "close", G, USED[1]),
     (27, "freeze: bitmaps switched before the gate is shut", "freeze", G, "at_t0["),
     (28, "freeze: the successor stops before the bitmap records", "freeze", G, "b_bit["),
-    (29, "R7: a write after the break still asks what is needed", "patient", S, "assertion violated !(in)"),
+    (29, "R7: a write after the break still asks what is needed", "patient", S, "!(in)"),
 ]
 
 # Those that nobody could tell, see docs/model/README.md; each in the cases that would show it.

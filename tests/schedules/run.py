@@ -56,7 +56,7 @@ NEED_SNAPSHOT = {"r0", "r", "ra0", "ra", "s", "x0", "x", "b", "c", "j"}
 ARMING = {"a", "g", "f", "F"}
 MOST_ARMING = 2  # of a case: maps, and places in the oracle
 
-MOST_STATES = 500_000  # of a triple that is drawn by seed
+MOST_STATES = 300_000  # of a triple that is drawn by seed
 LEAST_SECONDS = 10  # for such triples
 
 # The rules between three that are met by no two, each explored whole in CI.
