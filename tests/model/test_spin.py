@@ -12,8 +12,8 @@ POLICIES = {"break-guest-write": [], "break-snapshot": ["-DPOLICY_S"]}
 G, S = POLICIES
 
 CASES = [
-    *((case, policy) for case in ("protocol", "readers", "patient", "discard", "two") for policy in POLICIES),
-    *((case, G) for case in ("close", "job", "status", "arm", "group", "freeze", "freeze_armed")),
+    *((case, policy) for case in ("protocol", "readers", "patient", "discard", "close", "two") for policy in POLICIES),
+    *((case, G) for case in ("job", "status", "arm", "group", "freeze", "freeze_armed")),
 ]
 
 READ = "assertion violated (r==t0["  # a snapshot read, or block status, is not as at T0
@@ -50,7 +50,11 @@ MUTATIONS = [
     (25, "close: the disk not drained", "close", G, USED[1]),
     (27, "freeze: bitmaps switched before the gate is shut", "freeze", G, "at_t0["),
     (28, "freeze: the successor stops before the bitmap records", "freeze", G, "b_bit["),
+    (29, "R7: a write after the break still asks what is needed", "patient", S, "!(in)"),
 ]
+
+# Those that nobody could tell, see docs/model/README.md; each in the cases that would show it.
+SILENT = [(30, "R1: disk written before need is cleared", ("patient", "readers", "discard"), G)]
 
 
 @pytest.fixture
@@ -88,6 +92,16 @@ def test_spin_finds_what_comes_of_one_ordering_less(check, mutation, case, polic
     assert "errors: 1" in report
 
 
+@pytest.mark.parametrize(
+    ("mutation", "case", "policy"),
+    [pytest.param(n, case, policy, id=f"{what}: {case}") for n, what, cases, policy in SILENT for case in cases],
+)
+def test_nobody_can_tell_these_orderings(check, mutation, case, policy):
+    report = check(f"-DCASE_{case}", f"-DMUT={mutation}", *POLICIES[policy])
+    assert "errors: 0" in report
+    assert "Search not completed" not in report
+
+
 def test_every_ordering_that_the_model_can_do_without_is_tried():
     numbers = {int(number) for number in re.findall(r"MUT [!=]= (\d+)", MODEL.read_text())}
-    assert numbers == {number for number, *_ in MUTATIONS}
+    assert numbers == {number for number, *_ in [*MUTATIONS, *SILENT]}

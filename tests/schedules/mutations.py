@@ -1,6 +1,8 @@
 """Orderings that the engine needs, each taken away in a copy of the source: the scheduler must find what comes of it.
 
-    mutations.py [NAME...]        default: those of CI; "all": every one
+    mutations.py [--seed S]       what CI runs: a few, others each day; S is the day, and printed
+    mutations.py --all            every one
+    mutations.py NAME...          those with such parts in their names
 
 The list is for other gates, too: `MUTATIONS` are single replacements of text in a file under src/cbwcore.
 """
@@ -8,6 +10,7 @@ The list is for other gates, too: `MUTATIONS` are single replacements of text in
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import shutil
 import subprocess
@@ -248,10 +251,42 @@ cdef inline int64_t read_run""",
         "",
         "G1:z0,s",
     ),
+    Mutation(
+        "a broken snapshot is still asked what it needs (R7)",
+        "_preserve.pxd",
+        "    return load_acquire(&s.state) == ARMED and bitmap_any(",
+        "    return load_acquire(&s.state) <= BROKEN and bitmap_any(",
+        "S1:w0,fw",
+    ),
+    Mutation(
+        "a write at once does not look at the gate (R10)",
+        "_engine.pxd",
+        "    if (load_seq_cst(&d.gate) or load_relaxed(&d.closed)",
+        "    if (load_relaxed(&d.closed)",
+        "G0:wa0,a",
+    ),
+    Mutation(
+        "a write at once does not look whether it must copy (R1)",
+        "_engine.pxd",
+        "load_relaxed(&d.closed) or needs_cbw(d, off, n)\n            or",
+        "load_relaxed(&d.closed)\n            or",
+        "G1:wa0",
+    ),
+    Mutation(
+        "a read at once does not freeze (R6)",
+        "_snapshot.pxd",
+        "    reads = &s.target_reads if in_target[0] else &s.frozen\n",
+        "    reads = &s.target_reads if in_target[0] or at_once else &s.frozen\n",
+        "G1:w0,ra0",
+    ),
 ]
 
-# Those of CI: one each of R1, R2, R3 and R7.
-CI = MUTATIONS[:4]
+CI = 4  # of them, by the day
+
+
+def of_day(day: int) -> list[Mutation]:
+    """Those of CI: each comes in turn, and all within a week."""
+    return [MUTATIONS[(day * CI + i) % len(MUTATIONS)] for i in range(CI)]
 
 
 def mutate(mutation: Mutation, tree: Path) -> None:
@@ -291,11 +326,18 @@ def find(mutation: Mutation, most: float = 300) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help="parts of names; all: every one; default: those of CI")
-    wanted = parser.parse_args().names
-    chosen = (
-        MUTATIONS if wanted == ["all"] else [m for m in MUTATIONS if any(n in m.name for n in wanted)] if wanted else CI
-    )
+    parser.add_argument("names", nargs="*", help="parts of names")
+    parser.add_argument("--all", action="store_true", help="every one")
+    parser.add_argument("--seed", type=int, help="those of this day (default: today, UTC)")
+    options = parser.parse_args()
+    if options.all:
+        chosen = MUTATIONS
+    elif options.names:
+        chosen = [m for m in MUTATIONS if any(n in m.name for n in options.names)]
+    else:
+        seed = datetime.datetime.now(datetime.UTC).toordinal() if options.seed is None else options.seed
+        print(f"mutations.py: seed {seed}: {CI} of {len(MUTATIONS)}", flush=True)
+        chosen = of_day(seed)
     missed = 0
     for mutation in chosen:
         began = time.monotonic()

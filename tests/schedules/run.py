@@ -1,6 +1,6 @@
 """Explore schedules of the engine: every one of a few operations, and more operations at random.
 
-    run.py [--seconds N] [--seed S] [--schedules N]    what CI runs: all pairs, chosen triples, then walks at random
+    run.py [--seconds N] [--seed S] [--schedules N]    what CI runs: all pairs, chosen triples, some by seed, walks
     run.py --all                                       all triples; hours
     run.py --case CASE                                 one case, whole
     run.py --replay CASE:PATH                          the schedule that a failure has printed, step by step
@@ -12,6 +12,7 @@ Needs the module that run.sh builds. Exits with 1 where a schedule fails; it pri
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import os
 import random
@@ -28,12 +29,14 @@ import schedules
 CHOSEN = [
     "w0",
     "w",
+    "wa0",
     "p0",
     "z0",
     "d0",
     "v",
     "n",
     "r",
+    "ra0",
     "s",
     "x",
     "t",
@@ -49,9 +52,12 @@ CHOSEN = [
     "F",
     "j",
 ]
-NEED_SNAPSHOT = {"r0", "r", "s", "x0", "x", "b", "c", "j"}
+NEED_SNAPSHOT = {"r0", "r", "ra0", "ra", "s", "x0", "x", "b", "c", "j"}
 ARMING = {"a", "g", "f", "F"}
 MOST_ARMING = 2  # of a case: maps, and places in the oracle
+
+MOST_STATES = 300_000  # of a triple that is drawn by seed
+LEAST_SECONDS = 10  # for such triples
 
 # The rules between three that are met by no two, each explored whole in CI.
 TRIPLES = [
@@ -70,20 +76,43 @@ TRIPLES = [
     "G1:w0,x,w0",
     "S1:w0,fw,x",
     "G1:w0,j,w1",  # a job and two guests
+    "S1:w0,j,fw",  # a job whose snapshot breaks
+    "S1:w0,j,fr",
+    "G1:w0,j,c",  # or is closed
+    "G1:w0,j,C",
+    "Gt1:w0,j,t",  # or whose guest is out of patience
+    "St1:w0,j,t",
     "G1:w0,c,r",
     "G1:w0,C,r0",
     "G1:w0,c,w0",
+    "S1:w0,fw,c",  # a break under a close
+    "S1:w0,fr,c",
+    "S1:w0,fw,C",
+    "Gt1:w0,x,t",  # a discard under a copy that is late
+    "St1:w0,x,t",
     "Gh1:z0,s,w1",  # R20
     "Gh1:w,s,d0",
     "G1:w0,s,x",
     "G0:w0,w0,a",  # R10
     "G1:w0,a,r0",
     "G0:w0,W0,g",
+    "S0:w0,g,fw",  # a group of which one breaks as it is taken
+    "S0:w0,g,fr",
+    "G0:w0,f,w1",  # a frozen bitmap and two guests
+    "G0:w0,f,C",  # and the disk closed before the job has ended
+    "S0:w0,F,fw",
     "G2:w0,w0,r0",  # R15
     "Gm2:w,w0,r0",  # R17: buffers are short
     "Sq1:w,w,fr",
     "Go1:z0,w0,r0",
     "G1:fw,w0,b",
+    "G1:wa0,w0,ra0",  # what waits for nothing
+    "S1:w0,wa0,fw",
+    "S1:w0,fw,ra0",
+    "G1:w0,x,ra0",
+    "G1:wa0,c,ra0",
+    "G0:wa0,w0,a",
+    "G0:wa0,f,w0",
 ]
 
 
@@ -132,7 +161,7 @@ def draw(r: random.Random) -> str:
             continue
         if "R" in names and number != "2":
             continue
-        letters = r.choice("GS") + number + "".join(x for x in "thoqm" if r.random() < 0.3)
+        letters = r.choice("GS") + number + "".join(x for x in "thoqkm" if r.random() < 0.3)
         if "t" in names and "t" not in letters:
             letters += "t"
         return f"{letters}:{','.join(names)}"
@@ -146,6 +175,11 @@ def split(case: str) -> tuple[str, list[str]]:
 def explore(case: str, most_states: int = 30_000_000) -> dict[str, Any]:
     began = time.monotonic()
     return {"case": case, **schedules.explore(*split(case), most_states), "seconds": time.monotonic() - began}
+
+
+def explore_until(case: str, until: float) -> dict[str, Any] | None:
+    """One that was drawn; None where it would begin too late."""
+    return explore(case, MOST_STATES) if time.monotonic() < until else None
 
 
 def walk(case: str, seed: int, count: int) -> dict[str, Any]:
@@ -184,7 +218,9 @@ class Total:
         self.states = self.steps = self.ends = self.cases = self.seconds = 0
         self.unfinished: list[str] = []
 
-    def add(self, result: dict[str, Any]) -> None:
+    def add(self, result: dict[str, Any] | None) -> None:
+        if result is None:
+            return
         if result["status"] in ("violation", "bad schedule"):
             tell(result)
             raise FailedError
@@ -197,7 +233,9 @@ class Total:
         self.seconds += result["seconds"]
 
 
-def run_all(pool: ProcessPoolExecutor, cases: Iterable[tuple[Callable[..., dict[str, Any]], Any]], keep: bool) -> Total:
+def run_all(
+    pool: ProcessPoolExecutor, cases: Iterable[tuple[Callable[..., dict[str, Any] | None], Any]], keep: bool
+) -> Total:
     """Run them, a few ahead; with ``keep`` failures do not end it."""
     total = Total()
     waiting: list[Future[dict[str, Any]]] = []
@@ -220,16 +258,20 @@ def run_all(pool: ProcessPoolExecutor, cases: Iterable[tuple[Callable[..., dict[
 
 
 def ci(pool: ProcessPoolExecutor, seconds: float, seed: int, least: int) -> None:
+    """The time that is left after the fixed cases is halved: triples drawn by seed, and walks."""
     began = time.monotonic()
+    print(f"run.py: seed {seed}", flush=True)
     cases = [*tuples(1), *tuples(2), *TRIPLES]
     total = run_all(pool, ((explore, case) for case in cases), keep=False)
     print(
         f"run.py: {total.cases} cases explored whole: {total.states} states, {total.steps} steps, {total.ends} ends; "
-        f"{time.monotonic() - began:.0f} s"
+        f"{time.monotonic() - began:.0f} s",
+        flush=True,
     )
     if total.unfinished:
         raise SystemExit(f"run.py: not finished: {total.unfinished}")
     r = random.Random(seed)
+    explore_drawn(pool, r, began + seconds)
     drawn = 0
 
     def more() -> Iterator[tuple[Any, ...]]:
@@ -247,10 +289,40 @@ def ci(pool: ProcessPoolExecutor, seconds: float, seed: int, least: int) -> None
     )
 
 
+def explore_drawn(pool: ProcessPoolExecutor, r: random.Random, end: float) -> None:
+    """Triples in an order by seed, whole, for half of the time up to ``end``, and for a while where none is left.
+    Those with too many states are told of."""
+    began = time.monotonic()
+    cases = list(tuples(3))
+    r.shuffle(cases)
+    until = began + max((end - began) / 2, LEAST_SECONDS)
+
+    def some() -> Iterator[tuple[Any, ...]]:
+        for case in cases:
+            if time.monotonic() > until:
+                return
+            yield explore_until, case, until
+
+    total = run_all(pool, some(), keep=False)
+    print(
+        f"run.py: {total.cases - len(total.unfinished)} of {len(cases)} triples, drawn by the seed, explored whole: "
+        f"{total.states} states; {time.monotonic() - began:.0f} s; "
+        f"of more than {MOST_STATES} states, and not finished: {total.unfinished}",
+        flush=True,
+    )
+
+
+def today() -> int:
+    """The seed of a day: every CI of it draws the same."""
+    return datetime.datetime.now(datetime.UTC).toordinal()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=90, help="walk at random until then (default 90)")
-    parser.add_argument("--seed", type=int, default=1, help="of the walks (default 1)")
+    parser.add_argument("--seconds", type=float, default=90, help="draw until then (default 90)")
+    parser.add_argument(
+        "--seed", type=int, default=today(), help="of what is drawn (default: the day, UTC; is printed)"
+    )
     parser.add_argument("--schedules", type=int, default=10_000, help="walks at least (default 10000)")
     parser.add_argument("--all", action="store_true", help="explore all triples")
     parser.add_argument("--case", action="append", help="explore this case alone; may be given again")

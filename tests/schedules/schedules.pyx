@@ -17,13 +17,13 @@ from cbwcore._blockio cimport (
     blk, blk_init, blk_ops, psync_discard, psync_flush, psync_pread, psync_pread_cached, psync_pwrite, psync_seek, psync_zero,
 )
 from cbwcore._snapshot cimport (
-    ARMED, BREAK_GUEST_WRITE, BREAK_SNAPSHOT, BROKEN, E_ACCESS, E_BROKEN, E_CLOSED, STATUS_ACCESS, STATUS_ZERO, failure,
-    snapshot, snapshot_discard, snapshot_init, snapshot_put, snapshot_read, snapshot_release, snapshot_set_timeout,
-    snapshot_status, wake,
+    ARMED, BREAK_GUEST_WRITE, BREAK_SNAPSHOT, BROKEN, E_ACCESS, E_BROKEN, E_CLOSED, E_WAIT, STATUS_ACCESS, STATUS_ZERO,
+    failure, snapshot, snapshot_discard, snapshot_init, snapshot_put, snapshot_read, snapshot_read_at_once,
+    snapshot_release, snapshot_set_timeout, snapshot_status, wake,
 )
 from cbwcore._engine cimport (
     GUEST_DISCARD, GUEST_WRITE, GUEST_WRITE_ZEROES, add_sink, arm, disarm, disk, disk_close, disk_init, disk_put, drop_sink,
-    gate_open, gate_shut, guest_read, guest_write, slot, switch,
+    gate_open, gate_shut, guest_read, guest_read_at_once, guest_write, guest_write_at_once, slot, switch,
 )
 
 cdef extern from * nogil:       # scheduler.h, which _sys.pxd includes
@@ -41,6 +41,7 @@ cdef extern from * nogil:       # scheduler.h, which _sys.pxd includes
         int fail_write
         int fail_disk
         int failed_by
+        int cold
     ctypedef struct cs_told:
         uint64_t states
         uint64_t steps
@@ -77,11 +78,14 @@ cdef enum:
 
 cdef enum:
     OP_WRITE
+    OP_WRITE_AT_ONCE
     OP_ZERO
     OP_DISCARD
     OP_TWO_DISKS
     OP_GUEST_READ
+    OP_GUEST_READ_AT_ONCE
     OP_READ
+    OP_READ_AT_ONCE
     OP_STATUS
     OP_GIVE_UP
     OP_CLOCK
@@ -101,10 +105,12 @@ cdef enum:
 OPERATIONS = {
     "w0": (OP_WRITE, 0, 0, 2), "w1": (OP_WRITE, 0, 2, 4), "w": (OP_WRITE, 0, 0, 4), "p0": (OP_WRITE, 0, 1, 2),
     "p": (OP_WRITE, 0, 1, 3), "W0": (OP_WRITE, 1, 0, 2),
+    "wa0": (OP_WRITE_AT_ONCE, 0, 0, 2), "wa": (OP_WRITE_AT_ONCE, 0, 0, 4),
     "z0": (OP_ZERO, 0, 0, 2), "z": (OP_ZERO, 0, 0, 4), "d0": (OP_DISCARD, 0, 0, 2), "d1": (OP_DISCARD, 0, 2, 4),
     "v": (OP_TWO_DISKS, 0, 0, 2),
-    "n": (OP_GUEST_READ, 0, 0, 4),
+    "n": (OP_GUEST_READ, 0, 0, 4), "na": (OP_GUEST_READ_AT_ONCE, 0, 0, 4),
     "r0": (OP_READ, 0, 0, 2), "r": (OP_READ, 0, 0, 4), "R": (OP_READ, 1, 0, 4), "s": (OP_STATUS, 0, 0, 4),
+    "ra0": (OP_READ_AT_ONCE, 0, 0, 2), "ra": (OP_READ_AT_ONCE, 0, 0, 4),
     "x0": (OP_GIVE_UP, 0, 0, 2), "x": (OP_GIVE_UP, 0, 0, 4),
     "t": (OP_CLOCK, 0, 0, 0), "fw": (OP_FAIL_WRITE, 0, 0, 0), "fr": (OP_FAIL_READ, 0, 0, 0), "fd": (OP_FAIL_DISK, 0, 0, 0),
     "b": (OP_POLICY, 0, 0, 0), "c": (OP_CLOSE, 0, 0, 0), "C": (OP_CLOSE_DISK, 0, 0, 0), "a": (OP_ARM, 0, 0, 4),
@@ -113,7 +119,8 @@ OPERATIONS = {
 SETTINGS = {
     "G": "break-guest-write", "S": "break-snapshot", "0": "no snapshot at first", "1": "one", "2": "two",
     "t": "cbw_timeout, and so helper threads", "h": "cluster 1 is a hole", "o": "targets that are not new",
-    "q": "copies of one cluster, one at a time", "m": "the copy budget is one buffer beside the reserves",
+    "q": "copies of one cluster, one at a time", "k": "cluster 1 is not in the page cache",
+    "m": "the copy budget is one buffer beside the reserves",
 }
 ARMED_BY = {OP_ARM: 1, OP_GROUP: 2, OP_FREEZE: 1, OP_FREEZE_MERGE: 1}       # how many snapshots
 
@@ -386,7 +393,7 @@ cdef int check_refusal(int rc, const char *who) noexcept nogil:
     return rc
 
 
-cdef int read_side(int i, uint64_t off, uint64_t n, const char *who) noexcept nogil:
+cdef int read_side(int i, uint64_t off, uint64_t n, const char *who, bint at_once=False) noexcept nogil:
     cdef unsigned char data[SIZE]
     cdef side *x = &W.sides[i]
     cdef snapshot *s = open_side(x)
@@ -395,8 +402,13 @@ cdef int read_side(int i, uint64_t off, uint64_t n, const char *who) noexcept no
     if s == NULL:
         return check_refusal(E_CLOSED, who)
     memset(data, 0xee, SIZE)
-    rc = snapshot_read(s, <char *>data, n, off, &in_target)
+    if at_once:
+        rc = snapshot_read_at_once(s, <char *>data, n, off, &in_target)
+    else:
+        rc = snapshot_read(s, <char *>data, n, off, &in_target)
     done_with(s)
+    if at_once and rc == E_WAIT:
+        return rc
     if rc < 0:
         return check_refusal(rc, who)
     check_data(x, data, off, n, who)
@@ -453,6 +465,18 @@ cdef int guest(op *o, int disk_index, int kind) noexcept nogil:
     return rc
 
 
+cdef int guest_at_once(op *o) noexcept nogil:
+    """A guest write that is to wait for nothing: where it says that it would, it has done nothing."""
+    cdef int rc = guest_write_at_once(W.d[0], DATA[o.value], o.first * UNIT, (o.end - o.first) * UNIT)
+    o.rc[0] = rc
+    o.refused[0] = rc == E_WAIT
+    if rc == E_WAIT and W.nsides == 0 and not has(OP_CLOSE_DISK):
+        cs_fail("a guest write at once would wait, and there is nothing to wait for")
+    elif rc < 0 and rc != E_WAIT and not (rc == -EIO and (cs.failed_by >> cs_cur) & 1 and has(OP_FAIL_DISK)):
+        cs_fail("a guest write at once gets %d", rc)
+    return rc
+
+
 cdef void check_disk(int k) noexcept nogil:
     """Each unit has what the last write left; a refused one left nothing."""
     cdef int i, j
@@ -494,14 +518,16 @@ cdef unsigned char initial(int k, uint64_t u) noexcept nogil:
     return 0 if HOLE and u >= 2 else <unsigned char>(0xa0 + 4 * k + u)
 
 
-cdef int read_disk(int k) noexcept nogil:
+cdef int read_disk(int k, bint at_once) noexcept nogil:
     """Each unit has what it had at first, or what somebody writes."""
     cdef unsigned char data[SIZE]
     cdef int rc, i
     cdef uint64_t u
     cdef bint found
     memset(data, 0xee, SIZE)
-    rc = guest_read(W.d[k], data, 0, SIZE)
+    rc = guest_read_at_once(W.d[k], data, 0, SIZE) if at_once else guest_read(W.d[k], data, 0, SIZE)
+    if rc == E_WAIT and at_once:
+        return rc
     if rc < 0:
         if rc != E_CLOSED or not has(OP_CLOSE_DISK):
             cs_fail("a guest read gets %d", rc)
@@ -634,6 +660,8 @@ cdef int arm_and_read(op *o) noexcept nogil:
 cdef int do(op *o) noexcept nogil:
     if o.kind == OP_WRITE:
         return guest(o, o.which, GUEST_WRITE)
+    if o.kind == OP_WRITE_AT_ONCE:
+        return guest_at_once(o)
     if o.kind == OP_ZERO:
         return guest(o, o.which, GUEST_WRITE_ZEROES)
     if o.kind == OP_DISCARD:
@@ -642,9 +670,13 @@ cdef int do(op *o) noexcept nogil:
         guest(o, 0, GUEST_WRITE)
         return guest(o, 1, GUEST_WRITE)
     if o.kind == OP_GUEST_READ:
-        return read_disk(o.which)
+        return read_disk(o.which, False)
+    if o.kind == OP_GUEST_READ_AT_ONCE:
+        return read_disk(o.which, True)
     if o.kind == OP_READ:
         return read_side(o.which, o.first * UNIT, (o.end - o.first) * UNIT, "a read")
+    if o.kind == OP_READ_AT_ONCE:
+        return read_side(o.which, o.first * UNIT, (o.end - o.first) * UNIT, "a read at once", True)
     if o.kind == OP_STATUS:
         return look_at_status(o.which, "block status")
     if o.kind == OP_GIVE_UP:
@@ -715,6 +747,8 @@ cdef void *finish(void *arg) noexcept nogil:
         late.value = 0x77
         if guest(&late, k, GUEST_WRITE) != E_CLOSED:
             cs_fail("a write after close is not refused")
+        if guest_write_at_once(W.d[k], DATA[late.value], 0, SIZE) != E_WAIT:
+            cs_fail("a write at once after close is not refused")
         for i in range(UNITS):
             if cs.file[k].unit[i] != before[k][i]:
                 cs_fail("the disk changed at close")
@@ -749,6 +783,7 @@ cdef void set_up(str letters, list names) except *:
     W.blocks = cs.blocks
     set_hook()
     HOLE = "h" in letters
+    cs.cold = 2 if "k" in letters else 0
     W.policy = BREAK_SNAPSHOT if "S" in letters else BREAK_GUEST_WRITE
     W.timeout = 1000 if "t" in letters else 0
     W.old_target = "o" in letters
@@ -774,6 +809,7 @@ cdef void set_up(str letters, list names) except *:
         cs_watch(&W.d[k].gate, 8, True)
         cs_watch(&W.d[k].closed, 8, False)
         cs_watch(W.d[k].slots, CBW_SLOTS * sizeof(slot), False)
+        cs_dull(&W.d[k].breaks, sizeof(W.d[k].breaks))
     bitmap_init(&W.recording, 2, False)
     cs_watch(W.recording.words, 8, False)
     add_sink(W.d[0], &W.recording, SHIFT)
@@ -781,7 +817,7 @@ cdef void set_up(str letters, list names) except *:
     for i, name in enumerate(names):
         o = &W.ops[i]
         o.kind, o.which, o.first, o.end = OPERATIONS[name]
-        o.value = 0x10 + i if o.kind in (OP_WRITE, OP_TWO_DISKS) else 0
+        o.value = 0x10 + i if o.kind in (OP_WRITE, OP_WRITE_AT_ONCE, OP_TWO_DISKS) else 0
         W.has |= 1 << o.kind
         if o.kind > OP_TWO_DISKS:
             # what these read is no copy's
