@@ -42,7 +42,7 @@ if [ -n "${CBWCORE_SANITIZE_DIR:-}" ]; then
     work=$CBWCORE_SANITIZE_DIR
     mkdir -p "$work"
 else
-    work=$(mktemp -d "${TMPDIR:-/tmp}/cbwcore-$kind.XXXXXX")
+    work=$(mktemp -d "${TMPDIR:-/tmp}/cbwcore-${kind%%,*}.XXXXXX")     # a comma would end it in the options below
     trap 'rm -rf "$work"' EXIT
 fi
 
