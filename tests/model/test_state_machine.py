@@ -1046,6 +1046,10 @@ def before_arming(plan: FaultPlan) -> Iterator[None]:
 
 
 Engine.TestCase.settings = settings(
-    max_examples=600, stateful_step_count=50, deadline=None, print_blob=True, derandomize=False
+    max_examples=60 if os.environ.get("CBWCORE_SANITIZER") else 600,
+    stateful_step_count=50,
+    deadline=None,
+    print_blob=True,
+    derandomize=False,
 )
 TestEngine = pytest.mark.timeout(600)(Engine.TestCase)
