@@ -66,6 +66,7 @@ SLOW = [
     "concurrency/test_teardown.py",
     "faults/test_leaks.py",
     "faults/test_outside.py",
+    "faults/test_plans.py",
     "faults/test_refusals.py",
     "faults/test_sweep.py",
     "images/test_partial.py",
