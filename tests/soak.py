@@ -410,7 +410,8 @@ class Soak:
         self.jobs.end()
 
     def check_done(self):
-        idle = [what for what, count in self.counts.items() if not count]
+        by_chance = ("broken", "killed") if self.end - self.began < 300 else ()
+        idle = [what for what, count in self.counts.items() if not count and what not in by_chance]
         if idle or not {"full", "incremental", "restored"} <= self.backups.keys():
             raise Failure(f"it has done too little: {self.counts}, {self.backups}")
 
