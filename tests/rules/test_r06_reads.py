@@ -29,6 +29,16 @@ def frozen_wait(guest, snap, count=1):
     guest.reaches(lambda: snap.stats().frozen_waits >= count, "the wait for a frozen read")
 
 
+def frozen_and_waiting(rig, disk, snap, on_disk):
+    """(a snapshot read that stalls in the first cluster, a guest write there that waits for it)."""
+    on_disk.stall("pread", end=CLUSTER, times=1)
+    reader = rig.run(snap.pread, 4096, 0)
+    stalled(on_disk)
+    waiting = rig.run(disk.pwrite, b"!" * 10, 0)
+    frozen_wait(waiting, snap)
+    return reader, waiting
+
+
 # ---- R6 ----
 
 
@@ -243,11 +253,7 @@ def test_r07_a_break_wakes_a_write_that_waits_for_a_frozen_read(rig):
     disk = rig.disk()
     snap = rig.snapshot(disk, on_cbw_error=S)
     on_disk, on_target = rig.plan(disk), rig.plan(snap)
-    on_disk.stall("pread", end=CLUSTER, times=1)
-    reader = rig.run(snap.pread, 4096, 0)
-    stalled(on_disk)
-    guest = rig.run(disk.pwrite, b"!" * 10, 0)
-    frozen_wait(guest, snap)
+    reader, guest = frozen_and_waiting(rig, disk, snap, on_disk)
     break_it(disk, snap, on_target, 2)
     guest.result()
     assert not reader.done
@@ -280,11 +286,7 @@ def test_r07_a_break_wakes_waiters_though_its_own_write_still_waits_for_another_
     breaking = rig.snapshot(disk, on_cbw_error=S)
     slow = rig.snapshot(disk, bitmap=bitarray.bitarray("0010"))
     on_disk, on_breaking, on_slow = rig.plan(disk), rig.plan(breaking), rig.plan(slow)
-    on_disk.stall("pread", end=CLUSTER, times=1)
-    reader = rig.run(breaking.pread, 4096, 0)
-    stalled(on_disk)
-    waiting = rig.run(disk.pwrite, b"!" * 10, 0)
-    frozen_wait(waiting, breaking)
+    reader, waiting = frozen_and_waiting(rig, disk, breaking, on_disk)
     breaking.cbw_timeout = 0.1
     on_breaking.stall("pwrite")
     on_slow.stall("pwrite")
@@ -319,11 +321,7 @@ def test_r07_the_cause_is_set_before_a_waiter_goes_on(rig):
     disk = rig.disk()
     snap = rig.snapshot(disk, on_cbw_error=S)
     on_disk, on_target = rig.plan(disk), rig.plan(snap)
-    on_disk.stall("pread", end=CLUSTER, times=1)
-    reader = rig.run(snap.pread, 4096, 0)
-    stalled(on_disk)
-    waiting = rig.run(disk.pwrite, b"!" * 10, 0)
-    frozen_wait(waiting, snap)
+    reader, waiting = frozen_and_waiting(rig, disk, snap, on_disk)
     on_disk.stall("pwrite", end=CLUSTER, times=1)
     on_target.error("pwrite", errno.EDQUOT)
     breaking = rig.run(disk.pwrite, NEW, 2 * CLUSTER)

@@ -16,7 +16,9 @@ from interop_support import LIMIT, MIB, listens, nbdfuse, pattern, stop_process
 from programs_support import need
 
 import cbwcore
+from cbwcore.engines import choose_engine
 
+TESTS = Path(__file__).parents[1]
 CLUSTER = 65536
 SIZE = 8 * MIB
 TIMEOUT = 0.4
@@ -36,7 +38,8 @@ class Server:
         )
         resources.undo.callback(self.end)
         until(lambda: listens(sock), "nbdkit listens")
-        self.device = resources.loop(nbdfuse(resources, f"nbd+unix:///?socket={sock}", str(Path(folder, "fuse"))))
+        self.file = nbdfuse(resources, f"nbd+unix:///?socket={sock}", str(Path(folder, "fuse")))
+        self.device = resources.loop(self.file)
 
     def end(self):
         self.go_on()
@@ -162,6 +165,40 @@ def test_a_guest_is_let_go_within_the_timeout_and_a_tenth(local, server, engine,
                 break
     assert min(took) >= timeout
     assert min(took) < timeout * 1.1, took
+
+
+WITHOUT_THREADS = """
+import os, resource, sys, time
+import cbwcore
+
+sys.path.insert(0, sys.argv[4])
+from interop_support import stop_process
+
+with cbwcore.Disk(sys.argv[1], io="io_uring") as disk, disk.snapshot(sys.argv[2], cbw_timeout=0.4) as snap:
+    stop_process(int(sys.argv[3]))
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+    os.setresuid(54321, 54321, 0)       # the limit is none for root
+    began = time.monotonic()
+    try:
+        disk.pwrite(b"new", 0)
+    except cbwcore.CopyBeforeWriteError as e:
+        print(e.operation, 0.4 <= time.monotonic() - began < 2)
+"""
+
+
+def test_where_the_kernel_makes_no_thread_for_a_ring_the_guest_keeps_its_deadline(server, place, run_python):
+    """Its requests are cancelled, and the guest's thread does not make the call itself: it could not be called off."""
+    if choose_engine("auto", direct=True)[0] != "io_uring":
+        pytest.skip("no io_uring here")
+    (place / "disk").write_bytes(pattern(SIZE))
+    target = server()
+    going_on = threading.Timer(4, target.go_on)  # a guest that hangs is late, and no more
+    going_on.start()
+    try:
+        done = run_python(WITHOUT_THREADS, place / "disk", target.file, target.process.pid, TESTS, timeout=LIMIT)
+    finally:
+        going_on.join()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "timeout True\n", "")
 
 
 def test_several_late_copies_of_one_thread_each_own_their_ring_and_buffer(local, server):

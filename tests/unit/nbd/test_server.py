@@ -534,33 +534,30 @@ def test_a_callback_that_fails_is_logged(host, log, error):
     assert host.open(server).read(0, 6) == WRITTEN[:6]
 
 
-def test_a_callback_may_close_the_server(host):
-    server, done = host.serve(), threading.Event()
+def write_that_breaks(host, server, act):
+    """A guest's write whose break does ``act``: it is done, its callback too, and its client is dropped."""
+    done = threading.Event()
 
-    def end(snapshot):
-        server.close()
+    def on_break(snapshot):
+        act()
         done.set()
 
-    breaking(host, server, on_break=end)
+    breaking(host, server, on_break=on_break)
     client = host.open(server)
     assert client.call(nbd.WRITE, 0, 0, WRITTEN).error == 0
     assert done.wait(LIMIT)
     assert client.dropped() == b""
+
+
+def test_a_callback_may_close_the_server(host):
+    server = host.serve()
+    write_that_breaks(host, server, server.close)
     server.close()
     until(lambda: not nbd_threads(), "the end of its threads")
 
 
 def test_a_callback_may_remove_the_export(host):
-    server, done = host.serve(), threading.Event()
-
-    def end(snapshot):
-        server.remove_export("disk")
-        done.set()
-
-    breaking(host, server, on_break=end)
-    client = host.open(server)
-    assert client.call(nbd.WRITE, 0, 0, WRITTEN).error == 0
-    assert done.wait(LIMIT)
-    assert client.dropped() == b""
+    server = host.serve()
+    write_that_breaks(host, server, lambda: server.remove_export("disk"))
     server.add_export("disk", server.disk)
     assert host.open(server).size > 0
