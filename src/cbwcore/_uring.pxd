@@ -427,6 +427,7 @@ cdef inline int64_t ring_io(spin *polls, bint write, int fd, void *buf, uint64_t
     """One attempt: bytes, -errno or E_LATE. `polls`: of the file."""
     cdef ring *r = thread_ring()
     cdef int64_t rc = -ECANCELED
+    cdef bint timed = has_deadline()    # asked now: the ring may be lost, and its deadline with it
     n = least(n, PIECES * PIECE)
     if r != NULL and r.left and r.write == write and r.fd == fd and r.buf == <char *>buf and r.n == n and r.off == off:
         settle(r)                       # this very request, left by the thread that had the ring before
@@ -450,7 +451,7 @@ cdef inline int64_t ring_io(spin *polls, bint write, int fd, void *buf, uint64_t
         return rc
     # Nobody has done it. Of ours nothing is ever cancelled: the kernel does it where it can make no thread for a request that
     # may wait (RLIMIT_NPROC). Nor may this thread wait for it, if it has a deadline.
-    if has_deadline():
+    if timed:
         return E_LATE
     return write_once(fd, buf, n, off) if write else read_once(fd, buf, n, off)
 
@@ -480,6 +481,8 @@ cdef inline bint has_deadline() noexcept nogil:
 cdef inline ring *ring_detach() noexcept nogil:
     """After E_LATE: the ring, if something is in flight in it, for ring_adopt() elsewhere; else NULL."""
     cdef ring *r = <ring *>own_ring()
+    if r == NULL:               # lost
+        return NULL
     r.deadline = 0
     if not r.left:
         return NULL

@@ -1,6 +1,6 @@
 """The mutation gate: break one rule of the core at a time, and see that the tests which are there for it fail.
 
-    python tests/mutation/run.py             the half of mutants.toml whose turn it is today
+    python tests/mutation/run.py             the third of mutants.toml whose turn it is today
     python tests/mutation/run.py --all       all of it
     python tests/mutation/run.py --only R12  those whose rule or name has that in it
 
@@ -144,13 +144,13 @@ def chosen(mutants: list[Mutant], args: argparse.Namespace) -> tuple[list[Mutant
         return [m for m in mutants if args.only in m.rule.split(", ") or args.only in m.name], f"with {args.only!r}"
     if args.all:
         return mutants, "all"
-    turn = datetime.datetime.now(datetime.UTC).date().toordinal() % 2
-    return mutants[turn::2], f"today's half of {len(mutants)}; --all for the other, too"
+    turn = datetime.datetime.now(datetime.UTC).date().toordinal() % 3
+    return mutants[turn::3], f"today's third of {len(mutants)}; --all for the others, too"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Break one rule of the core at a time; the tests must notice.")
-    parser.add_argument("--all", action="store_true", help="all mutants, not today's half")
+    parser.add_argument("--all", action="store_true", help="all mutants, not today's third")
     parser.add_argument("--only", metavar="TEXT", help="those of a rule, or with TEXT in their name")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at once (default 2)")
     args = parser.parse_args()
