@@ -76,13 +76,13 @@ SLOW = [
     "nbd/test_limits.py",
     "nbd/test_waiting.py",
     "storage/test_late_copies.py",
+    "unit/bitmap_store",
     "unit/nbd",
+    "unit/serve",
     "unit/test_bench.py",
-    "unit/test_bitmap_store.py",
     "unit/test_cli.py",
     "unit/test_cli_backup.py",
     "unit/test_cli_bitmap.py",
-    "unit/test_serve.py",
 ]
 
 

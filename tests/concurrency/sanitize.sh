@@ -15,7 +15,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${CBWCORE_PYTHON:-python3}
 tests=(tests/unit tests/model tests/concurrency tests/rules)
 # These have none of the core in them, or only that of other processes, which they start or kill.
-for other in test_bench test_cli test_cli_backup test_cli_bitmap test_serve; do tests+=(--ignore "tests/unit/$other.py"); done
+for other in serve test_{bench,cli,cli_backup,cli_bitmap}.py; do tests+=(--ignore "tests/unit/$other"); done
 for other in handshake relay tls; do tests+=(--ignore "tests/unit/nbd/test_$other.py"); done
 for other in spin bitmap_kills; do tests+=(--ignore "tests/model/test_$other.py"); done
 case $kind in

@@ -37,7 +37,7 @@ echo "import cbwcore_coverage" >"$(echo "$work"/venv/lib/python*/site-packages)/
 # What runs the core, and what fails it; the rest of the suite is about the Python around it. Two at a time: all write to
 # the same counts.
 first=(tests/rules tests/faults tests/storage/test_late_copies.py tests/nbd/test_errors.py tests/nbd/test_transmission.py)
-second=(tests/unit/test_bad_input.py tests/unit/test_bench.py tests/unit/test_bitmap_store.py tests/unit/test_bitmaps.py
+second=(tests/unit/test_bad_input.py tests/unit/test_bench.py tests/unit/bitmap_store tests/unit/test_bitmaps.py
     tests/unit/test_core.py tests/unit/test_disk.py tests/unit/test_engines.py tests/unit/test_limits.py
     tests/unit/nbd/test_{ends,listening,server,server_tls}.py tests/unit/test_snapshot.py tests/unit/test_switches.py
     tests/model/test_bitmap.py tests/concurrency/test_close.py tests/concurrency/test_nbd_loop.py tests/nbd/test_block_status.py
