@@ -143,11 +143,11 @@ cdef inline int64_t uring_pwrite(blk *b, int fd, const void *buf, uint64_t n, ui
 
 
 cdef inline int uring_zero(blk *b, uint64_t off, uint64_t n, bint may_unmap) noexcept nogil:
-    return E_LATE if has_deadline() else psync_zero(b, off, n, may_unmap)
+    return E_LATE if has_deadline() and not b.in_memory else psync_zero(b, off, n, may_unmap)
 
 
 cdef inline int uring_discard(blk *b, uint64_t off, uint64_t n) noexcept nogil:
-    return E_LATE if has_deadline() else psync_discard(b, off, n)
+    return E_LATE if has_deadline() and not b.in_memory else psync_discard(b, off, n)
 
 
 cdef inline int64_t uring_seek(blk *b, uint64_t off, int whence) noexcept nogil:

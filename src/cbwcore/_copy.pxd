@@ -86,10 +86,12 @@ cdef inline int old_data_fill(blk *source, old_data *old) noexcept nogil:
 
 
 cdef inline int ensure_zero(blk *target, uint64_t start, uint64_t end) noexcept nogil:
-    """Make [start, end) of the target read as zeroes; where it is a hole, or begins with one, that costs nothing (R11). How
-    far data go is not asked: on tmpfs that walks through every page of them."""
-    cdef uint64_t data
-    cdef int rc = blk_next_data(target, start, end, &data)
+    """Make [start, end) of the target read as zeroes; where it is a hole, or begins with one, that costs nothing (R11).
+
+    tmpfs is not asked for holes: it would walk through every page behind `start` that was allocated and never written, while
+    to punch a hole where one is takes a microsecond. Nor is any file system asked how far data go."""
+    cdef uint64_t data = start
+    cdef int rc = 0 if target.in_memory else blk_next_data(target, start, end, &data)
     if rc < 0 or data == end:
         return rc
     start = most(start, round_down(data, target.align))

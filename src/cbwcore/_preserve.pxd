@@ -8,7 +8,9 @@ from libc.errno cimport EAGAIN, ENOMEM, ENOSPC, ETIMEDOUT
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
-from cbwcore._sys cimport load_acquire, load_relaxed, pthread_mutex_lock, pthread_mutex_unlock, realtime_ns, store_release
+from cbwcore._sys cimport (
+    add_relaxed, load_acquire, load_relaxed, monotonic_ns, pthread_mutex_lock, pthread_mutex_unlock, realtime_ns, store_release,
+)
 from cbwcore._geometry cimport cluster_end, least, most, outer_end
 from cbwcore._bitmap cimport bitmap_any, bitmap_next, bitmap_put, bitmap_test
 from cbwcore._reqlist cimport reqlist_add, reqlist_find, reqlist_remove, request
@@ -22,6 +24,11 @@ from cbwcore._snapshot cimport (
     ARMED, BREAK_SNAPSHOT, BROKEN, HISTOGRAM, SOURCE_READ, TARGET_WRITE, TIMEOUT, cbw_stats, deadline_after, failure, now,
     snapshot, wait, wake,
 )
+
+
+cdef enum:
+    SLOW_LOOK = 200_000         # ns that a look for holes may take: reading what a copy is of does not take longer
+    SLOW_LOOKS = 3
 
 
 cdef struct cbw_pass:       # one guest write's way past the snapshots; of its thread alone
@@ -123,13 +130,30 @@ cdef inline int read_old(copy_job *job, uint64_t start, uint64_t end) noexcept n
     return 0
 
 
+cdef inline void note_look(snapshot *s, int64_t ns) noexcept nogil:
+    """tmpfs, asked for the next data, walks through all pages that were allocated and never written, 30 ms for each GiB. Where
+    that is so it is not asked again; one slow answer, or two, may be the scheduler's."""
+    if not s.source.in_memory:
+        return
+    if ns >= SLOW_LOOK:
+        if add_relaxed(&s.slow_looks, 1) + 1 >= SLOW_LOOKS:
+            store_release(&s.look_for_holes, 0)
+    elif load_relaxed(&s.slow_looks):
+        store_release(&s.slow_looks, 0)
+
+
 cdef inline bint is_hole(copy_job *job, uint64_t start, uint64_t end) noexcept nogil:
     """Whether the run is known to read as zeroes without reading it (R11). With a deadline that is not asked: the file system
     may have to wait for its storage. Where it cannot be told, reading will tell."""
     cdef uint64_t data = start
-    if not job.s.source_has_holes or job.filled or has_deadline():
+    cdef int64_t began
+    cdef int rc
+    if not load_relaxed(&job.s.look_for_holes) or job.filled or has_deadline():
         return False
-    if blk_next_data(job.s.source, start, end, &data) < 0 or data < end:
+    began = monotonic_ns()
+    rc = blk_next_data(job.s.source, start, end, &data)
+    note_look(job.s, monotonic_ns() - began)
+    if rc < 0 or data < end:
         return False
     memset(job.zeroes, 0xff, sizeof(job.zeroes))
     return True

@@ -96,9 +96,11 @@ cdef struct snapshot:
     uint64_t size           # bytes, of disk and snapshot
     uint64_t nclusters
     bint target_is_new      # the target reads as zeroes wherever no copy has been written
-    bint source_has_holes   # worth a look before reading; a hint of before T0
     blk target
     workers helpers
+    # By copies, without the lock.
+    uint64_t look_for_holes # whether it is worth a look at the source before reading
+    uint64_t slow_looks     # in a row
     # Under lock.
     pthread_mutex_t lock
     pthread_cond_t changed

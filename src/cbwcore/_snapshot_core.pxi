@@ -66,7 +66,7 @@ cdef class SnapshotCore:
         timeout."""
         cdef int rc
         attach(&self.s.target, fd, tail_fd, size, direct_end, align, mem_align, zero_align, is_device, uring)
-        self.s.source_has_holes = not self.d.io.is_device and has_holes(self.d.io.fd)
+        self.s.look_for_holes = not self.d.io.is_device and has_holes(self.d.io.fd)
         self.s.target_is_new = is_new
         self.s.policy = policy
         self.s.target_limit = target_limit

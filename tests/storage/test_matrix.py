@@ -110,6 +110,29 @@ def test_a_backup_equals_t0_whatever_the_guest_did(storage, target_kind, rng, as
         assert f.read() == model
 
 
+@pytest.mark.parametrize("allocated", [False, True], ids=["sparse", "allocated"])
+def test_holes_of_a_target_are_left_alone(storage, allocated):
+    """From its first data on it is made to read as zeroes; tmpfs is not asked where they are (R11)."""
+    t0 = bytes(4 * CLUSTER)
+    target = storage.file(b"")
+    with open(target, "r+b") as f:
+        if allocated:
+            os.posix_fallocate(f.fileno(), 0, len(t0))
+        f.truncate(len(t0))
+        os.pwrite(f.fileno(), b"garbage" * 1000, CLUSTER)
+    disk = storage.open(storage.image(t0))
+    with disk.snapshot(target) as snapshot:
+        plan = FaultPlan()
+        snapshot._inject(plan)
+        disk.pwrite(b"x" * len(t0), 0)
+        start = 0 if storage.kind == "tmpfs" or storage.is_device else CLUSTER
+        assert [call for call in plan.calls() if call[0] in ("pwrite", "zero")] == [("zero", start, len(t0) - start)]
+        assert snapshot.pread(len(t0), 0) == t0
+        snapshot._inject(None)
+    with open(target, "rb") as f:
+        assert f.read() == t0
+
+
 @pytest.mark.parametrize("request_kind", ["zeroes", "zeroes-unmap", "discard"])
 @pytest.mark.parametrize(
     ("offset", "length"),
