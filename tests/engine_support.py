@@ -204,6 +204,22 @@ def assert_refused(guest_call, code, operation, offset, length):
     return e.value
 
 
+@contextlib.contextmanager
+def targets_behind(plan):
+    """Snapshots taken meanwhile have ``plan`` before their target, before any guest write can reach it."""
+    attach = cbwcore.Snapshot._attach
+
+    def attach_and_inject(self, *args):
+        attach(self, *args)
+        self._inject(plan)
+
+    cbwcore.Snapshot._attach = attach_and_inject
+    try:
+        yield
+    finally:
+        del cbwcore.Snapshot._attach
+
+
 @pytest.fixture
 def rig(place):
     made = Rig(place)

@@ -448,15 +448,18 @@ cdef inline void leave_snapshot(snapshot *s) noexcept nogil:
     pthread_mutex_unlock(&s.lock)
 
 
-cdef inline int read_export(nbd_conn *c, char *buf, const nbd_request *r) noexcept nogil:
-    """Fill `buf` from the disk or the snapshot."""
+cdef inline int read_export(nbd_conn *c, char *buf, const nbd_request *r, bint at_once) noexcept nogil:
+    """Fill `buf` from the disk or the snapshot; `at_once`: of what is in memory, else E_WAIT."""
     cdef bint in_target = False
     cdef int rc
     if c.s == NULL:
-        return guest_read(c.d, buf, r.off, r.n)
+        return guest_read_at_once(c.d, buf, r.off, r.n) if at_once else guest_read(c.d, buf, r.off, r.n)
     if not enter_snapshot(c.s):
         return E_CLOSED
-    rc = snapshot_read(c.s, buf, r.n, r.off, &in_target)
+    if at_once:
+        rc = snapshot_read_at_once(c.s, buf, r.n, r.off, &in_target)
+    else:
+        rc = snapshot_read(c.s, buf, r.n, r.off, &in_target)
     leave_snapshot(c.s)
     return -EIO if rc < 0 and in_target and rc > E_BROKEN else rc
 
@@ -506,7 +509,7 @@ cdef inline void run_read(nbd_conn *c, nbd_request *r) noexcept nogil:
     if rc < 0:
         send_result(c, r, rc, False)
         return
-    rc = read_export(c, <char *>r.owned, r)
+    rc = read_export(c, <char *>r.owned, r, False)
     if r.n <= BATCHED_READ:     # what is larger a client may take slowly, and meanwhile somebody else is to read
         read_next(c, r)
     if rc < 0:
@@ -572,24 +575,11 @@ cdef inline void run(nbd_conn *c, nbd_request *r) noexcept nogil:
 
 # ---- at once, or not ----
 
-cdef inline int read_at_once(nbd_conn *c, char *buf, const nbd_request *r) noexcept nogil:
-    """read_export() of what is in memory, else E_WAIT."""
-    cdef bint in_target = False
-    cdef int rc
-    if c.s == NULL:
-        return guest_read_at_once(c.d, buf, r.off, r.n)
-    if not enter_snapshot(c.s):
-        return E_CLOSED
-    rc = snapshot_read_at_once(c.s, buf, r.n, r.off, &in_target)
-    leave_snapshot(c.s)
-    return -EIO if rc < 0 and in_target and rc > E_BROKEN else rc
-
-
 cdef inline bint batch_read(nbd_conn *c, const nbd_request *r) noexcept nogil:
     """Read straight into the batch, behind the reply's head; False where that would wait."""
     cdef char *p = batch_room(c, CHUNK_BYTES + 8 + r.n)
     cdef uint64_t head = put_read_head(c, p, r)
-    cdef int rc = read_at_once(c, p + head, r)
+    cdef int rc = read_export(c, p + head, r, True)
     if rc == E_WAIT:
         return False
     if rc < 0:

@@ -99,8 +99,8 @@ cdef struct snapshot:
     blk target
     workers helpers
     # By copies, without the lock.
-    uint64_t look_for_holes # whether it is worth a look at the source before reading
-    uint64_t slow_looks     # in a row
+    uint64_t look_for_holes  # whether it is worth a look at the source before reading
+    uint64_t slow_looks      # in a row
     # Under lock.
     pthread_mutex_t lock
     pthread_cond_t changed

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine_support import targets_behind
 
 import cbwcore
 from cbwcore._cbwcore import FaultPlan, copy_buffers
@@ -71,22 +72,6 @@ def open_disk(home: Path, name: str = "disk", size: int = SIZE, **options: objec
     path, content = image(home, name, size)
     opened.append(cbwcore.Disk(path, **options))
     return opened[-1], content
-
-
-@contextlib.contextmanager
-def targets_behind(plan: FaultPlan) -> Iterator[None]:
-    """Snapshots taken meanwhile have `plan` before their target."""
-    attach = cbwcore.Snapshot._attach
-
-    def attach_and_inject(self: cbwcore.Snapshot, *args: object) -> None:
-        attach(self, *args)
-        self._inject(plan)
-
-    cbwcore.Snapshot._attach = attach_and_inject
-    try:
-        yield
-    finally:
-        del cbwcore.Snapshot._attach
 
 
 class Crew:

@@ -10,7 +10,6 @@ over from the core within the bounds that the rule sets. Threads are in tests/co
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import os
@@ -19,12 +18,12 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import bitarray
 import numpy as np
 import pytest
+from engine_support import targets_behind
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -626,7 +625,7 @@ class Engine(RuleBasedStateMachine):
         cbwcore.limits.copy_bytes = copy_bytes
         looks_for_holes = os.fstat(self.raw).st_blocks * 512 < self.size
         told: list[Any] = []
-        with before_arming(plan := FaultPlan()):
+        with targets_behind(plan := FaultPlan()):
             snap = self.disk.snapshot(
                 target,
                 name=f"s{seed}",
@@ -1027,22 +1026,6 @@ class Engine(RuleBasedStateMachine):
             if s.is_new and not s.failed_copies:
                 pages = sum(-(-s.length(c) // PAGE) * PAGE for c in s.done & s.nonzero)
                 assert stats.target_allocated <= pages + PAGE, "zeroes cost the target nothing (R11)"
-
-
-@contextlib.contextmanager
-def before_arming(plan: FaultPlan) -> Iterator[None]:
-    """Put `plan` before the target of the snapshot that is being taken, before any guest write can reach it."""
-    attach = cbwcore.Snapshot._attach
-
-    def attach_and_inject(self: cbwcore.Snapshot, *args: Any) -> None:
-        attach(self, *args)
-        self._inject(plan)
-
-    cbwcore.Snapshot._attach = attach_and_inject
-    try:
-        yield
-    finally:
-        del cbwcore.Snapshot._attach
 
 
 Engine.TestCase.settings = settings(
