@@ -136,7 +136,8 @@ cdef inline void note_look(snapshot *s, int64_t ns) noexcept nogil:
     if not s.source.in_memory:
         return
     if ns >= SLOW_LOOK:
-        if add_relaxed(&s.slow_looks, 1) + 1 >= SLOW_LOOKS:
+        add_relaxed(&s.slow_looks, 1)
+        if load_relaxed(&s.slow_looks) >= SLOW_LOOKS:
             store_release(&s.look_for_holes, 0)
     elif load_relaxed(&s.slow_looks):
         store_release(&s.slow_looks, 0)

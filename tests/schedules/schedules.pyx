@@ -274,7 +274,7 @@ cdef int make_snapshot(int i) noexcept nogil:
         memset(cs.file[2 + i].hole, 0, 2)
     else:
         memset(cs.file[2 + i].hole, 1, 2)
-    s.source_has_holes = True
+    s.look_for_holes = 1
     s.target_is_new = not W.old_target
     s.policy = W.policy
     s.target_limit = <uint64_t>1 << 62
