@@ -1,5 +1,6 @@
 """The engine on every kind of storage: what the guest reads, what the snapshot reads, what is on the target."""
 
+import errno
 import fcntl
 import io
 import mmap
@@ -10,6 +11,7 @@ import threading
 
 import pytest
 
+import cbwcore
 from cbwcore._cbwcore import FaultPlan
 
 CLUSTER = 64 * 1024
@@ -124,8 +126,14 @@ def test_holes_of_a_target_are_left_alone(storage, allocated):
     with disk.snapshot(target) as snapshot:
         plan = FaultPlan()
         snapshot._inject(plan)
+        on_tmpfs = storage.kind == "tmpfs" or storage.is_device
+        if not on_tmpfs:
+            plan.error("seek", errno.EIO, times=1)
+            with pytest.raises(cbwcore.CopyBeforeWriteError, match="target-write"):
+                disk.pwrite(b"x" * 4096, 0)
+            plan.forget_calls()
         disk.pwrite(b"x" * len(t0), 0)
-        start = 0 if storage.kind == "tmpfs" or storage.is_device else CLUSTER
+        start = 0 if on_tmpfs else CLUSTER
         assert [call for call in plan.calls() if call[0] in ("pwrite", "zero")] == [("zero", start, len(t0) - start)]
         assert snapshot.pread(len(t0), 0) == t0
         snapshot._inject(None)
