@@ -16,7 +16,7 @@ from cbwcore._sys cimport add_seq_cst, is_zero, sub_seq_cst
 from cbwcore._geometry cimport cluster_end, most, round_down
 from cbwcore._bitmap cimport bitmap, bitmap_next
 from cbwcore._buffers cimport bufpool, bufpool_get, bufpool_put, reserve
-from cbwcore._blockio cimport blk, blk_next_data, blk_read_checked, blk_write, blk_write_zeroes
+from cbwcore._blockio cimport blk, blk_check_size, blk_next_data, blk_read_checked, blk_write, blk_write_zeroes
 from cbwcore._uring cimport ring, ring_take_buffer
 
 cdef enum:
@@ -89,9 +89,10 @@ cdef inline int ensure_zero(blk *target, uint64_t start, uint64_t end) noexcept 
     """Make [start, end) of the target read as zeroes; where it is a hole, or begins with one, that costs nothing (R11).
 
     tmpfs is not asked for holes: it would walk through every page behind `start` that was allocated and never written, while
-    to punch a hole where one is takes a microsecond. Nor is any file system asked how far data go."""
+    to punch a hole where one is takes a microsecond; but whether it was cut, where that would succeed, too (R12). No file
+    system is asked how far data go."""
     cdef uint64_t data = start
-    cdef int rc = 0 if target.in_memory else blk_next_data(target, start, end, &data)
+    cdef int rc = blk_check_size(target) if target.in_memory else blk_next_data(target, start, end, &data)
     if rc < 0 or data == end:
         return rc
     start = most(start, round_down(data, target.align))

@@ -130,12 +130,12 @@ cdef inline int read_old(copy_job *job, uint64_t start, uint64_t end) noexcept n
     return 0
 
 
-cdef inline void note_look(snapshot *s, int64_t ns) noexcept nogil:
+cdef inline void note_look(snapshot *s, int64_t began) noexcept nogil:
     """tmpfs, asked for the next data, walks through all pages that were allocated and never written, 30 ms for each GiB. Where
     that is so it is not asked again; one slow answer, or two, may be the scheduler's."""
     if not s.source.in_memory:
         return
-    if ns >= SLOW_LOOK:
+    if monotonic_ns() - began >= SLOW_LOOK:
         add_relaxed(&s.slow_looks, 1)
         if load_relaxed(&s.slow_looks) >= SLOW_LOOKS:
             store_release(&s.look_for_holes, 0)
@@ -153,7 +153,7 @@ cdef inline bint is_hole(copy_job *job, uint64_t start, uint64_t end) noexcept n
         return False
     began = monotonic_ns()
     rc = blk_next_data(job.s.source, start, end, &data)
-    note_look(job.s, monotonic_ns() - began)
+    note_look(job.s, began)
     if rc < 0 or data < end:
         return False
     memset(job.zeroes, 0xff, sizeof(job.zeroes))

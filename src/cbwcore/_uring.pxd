@@ -427,7 +427,7 @@ cdef inline int64_t ring_io(spin *polls, bint write, int fd, void *buf, uint64_t
     """One attempt: bytes, -errno or E_LATE. `polls`: of the file."""
     cdef ring *r = thread_ring()
     cdef int64_t rc = -ECANCELED
-    cdef bint timed = has_deadline()    # asked now: the ring may be lost, and its deadline with it
+    cdef bint timed = r != NULL and r.deadline != 0     # asked now: the ring may be lost, and its deadline with it
     n = least(n, PIECES * PIECE)
     if r != NULL and r.left and r.write == write and r.fd == fd and r.buf == <char *>buf and r.n == n and r.off == off:
         settle(r)                       # this very request, left by the thread that had the ring before

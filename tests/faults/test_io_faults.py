@@ -112,18 +112,17 @@ def test_a_guest_that_waits_for_a_frozen_read_goes_on_when_that_read_fails(rig):
 
 @pytest.mark.parametrize("op", ["seek", "zero"])
 def test_faults_of_a_target_that_must_be_zeroed(rig, op):
-    """At its end, for its size is asked there; storage/test_matrix.py has the search for its holes."""
     disk = rig.sparse(4 * CLUSTER)
     target = rig.path("target")
     target.write_bytes(b"\xff" * disk.size)
     snap = rig.snapshot(disk, target)
     rig.plan(snap).error(op, errno.EIO, times=1)
-    assert_refused(lambda: disk.pwrite(NEW, 3 * CLUSTER), errno.EIO, "target-write", 3 * CLUSTER, CLUSTER)
+    assert_refused(lambda: disk.pwrite(NEW, CLUSTER), errno.EIO, "target-write", CLUSTER, CLUSTER)
     assert snap._map("done") == snap._map("zero") == [False] * 4
     assert_t0(snap, bytes(disk.size))
-    disk.pwrite(NEW, 3 * CLUSTER)
+    disk.pwrite(NEW, CLUSTER)
     assert_t0(snap, bytes(disk.size))
-    assert file_bytes(target, 3 * CLUSTER, CLUSTER) == bytes(CLUSTER)
+    assert file_bytes(target, CLUSTER, CLUSTER) == bytes(CLUSTER)
 
 
 def test_the_runs_before_a_failed_one_stay_copied(rig):

@@ -165,10 +165,24 @@ def test_r11_tmpfs_is_not_asked_for_the_holes_of_a_target(rig):
         os.posix_fallocate(f.fileno(), 0, disk.size)
     snap = rig.snapshot(disk, target)
     plan = rig.plan(snap)
-    for c in range(3):
+    for c in range(1, 4):
         disk.pwrite(NEW, c * CLUSTER)
-    assert plan.calls("seek") == []
-    assert written(plan) == [("zero", c * CLUSTER, CLUSTER) for c in range(3)]
+    assert {call[1] for call in plan.calls("seek")} == {0}, "where it ends (R12)"
+    assert written(plan) == [("zero", c * CLUSTER, CLUSTER) for c in range(1, 4)]
+    assert_t0(snap, bytes(disk.size))
+
+
+def test_r12_a_target_that_was_cut_takes_no_zeroes(rig):
+    """A copy of them would succeed behind its end, and say nothing of those that were lost."""
+    disk = rig.sparse(4 * CLUSTER)
+    target = rig.path("target")
+    target.write_bytes(b"\xff" * disk.size)
+    snap = rig.snapshot(disk, target)
+    os.truncate(target, CLUSTER)
+    assert_refused(lambda: disk.pwrite(NEW, 2 * CLUSTER), errno.EIO, "target-write", 2 * CLUSTER, CLUSTER)
+    assert file_bytes(disk.path) == bytes(disk.size)
+    os.truncate(target, disk.size)
+    assert_refused(lambda: disk.pwrite(NEW, CLUSTER), errno.EIO, "target-write", CLUSTER, CLUSTER)
     assert_t0(snap, bytes(disk.size))
 
 

@@ -16,17 +16,23 @@ from programs_support import need
 from serve_support import MAIN, SIZE, WRITTEN, is_free, one_line
 
 
-def test_stdio_on_a_socket(serve, image, left):
-    """As libnbd's connect_command starts it."""
+@contextlib.contextmanager
+def over_a_socket(serve, image):
+    """(the command as libnbd's connect_command starts it, its client)."""
     ours, theirs = socket.socketpair()
     with ours:
         serving = serve(image, "-s", stdin=theirs, stdout=theirs)
         theirs.close()
         with Client(ours) as client:
             assert client.hello().go("disk").error == 0
-            client.ok(nbd.WRITE, 5, 0, WRITTEN)
-            assert client.read(5, len(WRITTEN)) == WRITTEN
-            client.disconnect()
+            yield serving, client
+
+
+def test_stdio_on_a_socket(serve, image, left):
+    with over_a_socket(serve, image) as (serving, client):
+        client.ok(nbd.WRITE, 5, 0, WRITTEN)
+        assert client.read(5, len(WRITTEN)) == WRITTEN
+        client.disconnect()
         assert serving.end(None) == (0, "", "")
     assert image.read_bytes()[5 : 5 + len(WRITTEN)] == WRITTEN
     assert left() == []
@@ -72,14 +78,9 @@ def piped(process):
 
 
 def test_a_signal_ends_stdio(serve, image, left):
-    ours, theirs = socket.socketpair()
-    with ours:
-        serving = serve(image, "-s", stdin=theirs, stdout=theirs)
-        theirs.close()
-        with Client(ours) as client:
-            assert client.hello().go("disk").error == 0
-            assert serving.end() == (0, "", "")
-            assert client.dropped() == b""
+    with over_a_socket(serve, image) as (serving, client):
+        assert serving.end() == (0, "", "")
+        assert client.dropped() == b""
     assert left() == []
 
 
